@@ -1,0 +1,384 @@
+"""Put adapters into a model, take them out again, and handle them together."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from autolora.adapters.gates import FixedGate, Gate
+from autolora.adapters.layer import Init, LoRALinear
+from autolora.adapters.linear_like import site_of
+from autolora.adapters.select import Targets, match_modules, match_ranks, select, under
+from autolora.errors import PlanError, TargetError
+from autolora.plan import RankPlan, Site
+from autolora.roles import outermost_heads
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Everything about adapters that is the same for every strategy.
+
+    Args:
+        targets: which modules.
+        scale: s, one number for all modules and ranks.
+        init, init_std: how A starts (:func:`autolora.adapters.layer.init_a`).
+        dropout: on the adapter's input.
+        learn_scale: make s a parameter of each module.
+        fan_in_fan_out: layout of square weights of custom modules, which cannot be told from their shape; ``(out, in)``
+            by default.
+        rank_pattern: maximum rank by module name or pattern, in place of the general one; the first that matches.
+        modules_to_save: modules trained in full; the classification head by default.
+        bias: which biases are trained: none, all, or those of adapted modules.
+        seed: of the adapters' own random stream.
+    """
+
+    targets: Targets = field(default_factory=Targets)
+    scale: float = 2.0
+    init: Init = "kaiming"
+    init_std: float = 0.02
+    dropout: float = 0.0
+    learn_scale: bool = False
+    fan_in_fan_out: bool | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    seed: int = 0
+
+
+def stream(seed: int, name: str) -> torch.Generator:
+    """A random stream of its own for ``name``: what one module draws does not depend on which others are adapted."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def lora_scale(alpha: float, reference_rank: int, *, rslora: bool = False) -> float:
+    """The scale s that ``alpha`` means at a reference rank.
+
+    ``alpha / r`` (Hu et al., ICLR 2022, section 4.1), or ``alpha / sqrt(r)`` (rsLoRA: Kalajdzievski, arXiv 2312.03732).
+
+    Raises:
+        ValueError: if the reference rank is below 1.
+    """
+    if reference_rank < 1:
+        raise ValueError(f"reference_rank: expected a rank >= 1, got {reference_rank}")
+    return alpha / (reference_rank**0.5 if rslora else reference_rank)
+
+
+class Adapters:
+    """Handle on the adapters of one model: a name for each, and operations on all of them.
+
+    Made by :func:`attach`. ``layers`` maps module names to :class:`LoRALinear`; ``sites`` maps every module that was
+    selected, rank 0 included, to its shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, Site],
+        layers: dict[str, LoRALinear],
+        fully_trained: Sequence[str],
+        trained_biases: Sequence[nn.Parameter],
+    ) -> None:
+        self.model = model
+        self.sites = dict(sites)
+        self.layers = layers
+        self.fully_trained = list(fully_trained)
+        self.trained_biases = list(trained_biases)
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._freeze()
+        self._pristine = self._copy_of_what_training_changes()
+        for name, layer in layers.items():
+            layer.train(layer.base_layer.training)
+            _replace(model, layer.base_layer, layer)
+            assert model.get_submodule(name) is layer
+
+    # What is trained -------------------------------------------------------------------------------------------------
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A and B (and s where it is learned) of every module, and trained biases."""
+        own = [p for layer in self.layers.values() for p in layer.parameters(recurse=False)]
+        return own + self.trained_biases
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The selector logits of every module."""
+        return [p for layer in self.layers.values() for p in layer.gate.parameters()]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the fully trained modules."""
+        modules = [self.model.get_submodule(name) for name in self.fully_trained]
+        return [p for module in modules for p in module.parameters()]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies of everything that training can change, by name.
+
+        These are the trainable parameters, gates (masks, and whether they learn), and buffers of fully trained modules.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        return {name: state[name].detach().clone() for name in self._trainable_names(state)}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`trainable_state` gave.
+
+        Raises:
+            ValueError: if the state is of another model or of other ranks.
+        """
+        here = self.model.state_dict(keep_vars=True)
+        missing = [name for name in self._trainable_names(here) if name not in state]
+        unexpected = [name for name in state if name not in here]
+        other = [name for name in state if name in here and here[name].shape != state[name].shape]
+        faults = {"lacks": missing, "has, but the model lacks,": unexpected, "has in another shape": other}
+        if any(faults.values()):
+            text = "; it ".join(f"{what} {', '.join(names[:5])}" for what, names in faults.items() if names)
+            raise ValueError(f"the state does not fit the model (same targets, ranks and gates expected): it {text}")
+        self.model.load_state_dict(dict(state), strict=False)
+
+    def _trainable_names(self, state: Mapping[str, Tensor]) -> list[str]:
+        owners = [*(f"{name}.gate" for name in self.layers), *self.fully_trained]
+        return [name for name, value in state.items() if value.requires_grad or under(name, owners)]
+
+    def count(self) -> dict[str, int]:
+        """Parameters: ``adapter``, ``gate``, ``head``, all ``trainable`` ones and ``total`` (with adapters)."""
+        return {
+            "adapter": _numel(self.adapter_parameters()),
+            "gate": _numel(self.gate_parameters()),
+            "head": _numel(self.head_parameters()),
+            "trainable": _numel(p for p in self.model.parameters() if p.requires_grad),
+            "total": _numel(self.model.parameters()),
+        }
+
+    def summary(self) -> str:
+        """One line: ``trainable parameters: a of b (c %)``."""
+        count = self.count()
+        share = 100 * count["trainable"] / max(1, count["total"])
+        return f"trainable parameters: {count['trainable']:,} of {count['total']:,} ({share:.2f} %)"
+
+    # Ranks -----------------------------------------------------------------------------------------------------------
+
+    def attached_plan(self) -> RankPlan:
+        """The rank that each module physically has."""
+        return RankPlan(self.sites, {name: layer.rank for name, layer in self.layers.items()})
+
+    def active_plan(self) -> RankPlan:
+        """The rank that each module has at evaluation: components whose gate is not zero."""
+        gates = [layer.gate.evaluation_gate() != 0 for layer in self.layers.values()]
+        counts = torch.stack([gate.sum() for gate in gates]).tolist() if gates else []
+        return RankPlan(self.sites, dict(zip(self.layers, counts, strict=True)))
+
+    def fix_gates(self, masks: Mapping[str, Tensor]) -> None:
+        """End selection: gate every module with a 0/1 mask; one that is left out is switched off.
+
+        Learned gate values go into B (:meth:`LoRALinear.fix_gate`).
+
+        Raises:
+            ValueError: if a mask is of a module without an adapter, or of another rank.
+        """
+        unknown = [name for name in masks if name not in self.layers]
+        if unknown:
+            raise ValueError(f"masks: expected modules that have an adapter, got {', '.join(unknown[:5])}")
+        for name, layer in self.layers.items():
+            layer.fix_gate(masks.get(name, torch.zeros(layer.rank)))
+
+    @contextmanager
+    def masked(self, plan: RankPlan) -> Iterator[None]:
+        """Inside this context each module uses only its first components, as many as the plan says.
+
+        A search measures plans this way. The components count with weight 1, whatever a selector thinks of them.
+
+        Raises:
+            PlanError: if the plan gives a module more components than it has.
+        """
+        lacking = [name for name, rank in plan.items() if rank > (self.layers[name].rank if name in self.layers else 0)]
+        if lacking:
+            raise PlanError(f"the plan has more components than are attached at {', '.join(lacking[:5])}")
+        gates = {name: layer.gate for name, layer in self.layers.items()}
+        with self._unmerged():
+            try:
+                for name, layer in self.layers.items():
+                    mask = (torch.arange(layer.rank) < plan[name]).float()
+                    layer.gate = FixedGate(layer.rank, mask).to(layer.lora_A.device)
+                yield
+            finally:
+                for name, layer in self.layers.items():
+                    layer.gate = gates[name]
+
+    # The whole model -------------------------------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Add every update to its base weight."""
+        for layer in self.layers.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Put every base weight back, bit for bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside this context the adapters contribute nothing, merged ones included."""
+        before = {layer: layer.enabled for layer in self.layers.values()}
+        with self._unmerged():
+            try:
+                for layer in before:
+                    layer.enabled = False
+                yield
+            finally:
+                for layer, enabled in before.items():
+                    layer.enabled = enabled
+
+    @contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        merged = [layer for layer in self.layers.values() if layer.merged]
+        for layer in merged:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer in merged:
+                layer.merge()
+
+    def remove(self, name: str) -> None:
+        """Put the original module back in place of one adapter; the module then has rank 0."""
+        layer = self.layers.pop(name)
+        layer.unmerge()
+        _replace(self.model, layer, layer.base_layer)
+
+    def detach(self) -> nn.Module:
+        """Remove every adapter and restore what was trained: the model as it was, bit for bit."""
+        for name in list(self.layers):
+            self.remove(name)
+        with torch.no_grad():
+            for key, tensor in self._pristine.items():
+                module, _, attribute = key.rpartition(".")
+                getattr(self.model.get_submodule(module), attribute).copy_(tensor)
+        for parameter, requires_grad in self._requires_grad:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        return self.model
+
+    def _freeze(self) -> None:
+        """Leave only the fully trained modules and the chosen biases trainable."""
+        self.model.requires_grad_(False)
+        for name in self.fully_trained:
+            self.model.get_submodule(name).requires_grad_(True)
+        for bias in self.trained_biases:
+            bias.requires_grad_(True)
+
+    def _copy_of_what_training_changes(self) -> dict[str, Tensor]:
+        """Trainable parameters of the model itself, and all buffers, which a forward pass may update.
+
+        By name, because moving a model to another device makes new buffers.
+        """
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: t.detach().clone() for name, t in (trained | dict(self.model.named_buffers())).items()}
+
+
+def fully_trained_modules(model: nn.Module, settings: AdapterSettings) -> list[str]:
+    """Names of the modules trained in full: ``modules_to_save``, or every classification head.
+
+    Raises:
+        TargetError: if a name of ``modules_to_save`` matches nothing.
+    """
+    if settings.modules_to_save is not None:
+        return match_modules(model, settings.modules_to_save, "modules_to_save")
+    return outermost_heads(name for name, _ in model.named_modules())
+
+
+def find_sites(model: nn.Module, settings: AdapterSettings) -> dict[str, Site]:
+    """Every module that the settings select for an adapter, with its shape, in model order.
+
+    Raises:
+        TargetError: if nothing is selected, a pattern matches nothing, or the model carries adapters already.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise TargetError("the model already carries adapters; detach them first")
+    names = select(model, settings.targets, fully_trained_modules(model, settings))
+    return {name: site for name in names if (site := site_of(model.get_submodule(name))) is not None}
+
+
+def largest_plan(sites: Mapping[str, Site], settings: AdapterSettings, max_rank: int) -> RankPlan:
+    """``max_rank`` (or the rank of ``rank_pattern``) for every site, clipped to min(in, out) with a warning.
+
+    Raises:
+        TargetError: if a pattern of ``rank_pattern`` matches none of the sites.
+        PlanError: if a rank is negative.
+    """
+    ranks = match_ranks(list(sites), settings.rank_pattern, max_rank)
+    clipped = [name for name, rank in ranks.items() if rank > sites[name].full_rank]
+    if clipped:
+        first = clipped[0]
+        warnings.warn(
+            f"the rank of {len(clipped)} of {len(sites)} modules is clipped to min(in, out): "
+            f"{first} from {ranks[first]} to {sites[first].full_rank}{', ...' if len(clipped) > 1 else ''}",
+            stacklevel=2,
+        )
+    return RankPlan(sites, {name: min(rank, sites[name].full_rank) for name, rank in ranks.items()})
+
+
+def attach(
+    model: nn.Module,
+    settings: AdapterSettings,
+    plan: RankPlan,
+    make_gate: Callable[[str, int], Gate] | None = None,
+) -> Adapters:
+    """Freeze a model and put an adapter on every module that has a rank in the plan.
+
+    The model is changed in place; what it computes is not, since B starts at 0. Modules of rank 0 are left as they are,
+    and a module that the model holds under two names is adapted once, for both.
+
+    Args:
+        model: any model with linear-like modules.
+        settings: what is the same for every strategy.
+        plan: ranks over the sites of :func:`find_sites`.
+        make_gate: gate of a module from its name and rank; all ones by default.
+
+    Raises:
+        TargetError: if a name of ``modules_to_save`` matches nothing.
+        ValueError: if a module of the plan is not linear-like, or has an adapter already.
+    """
+    layers = {}
+    for name, rank in plan.items():
+        if rank:
+            layers[name] = LoRALinear(
+                model.get_submodule(name),
+                rank,
+                scale=settings.scale,
+                gate=make_gate(name, rank) if make_gate else None,
+                init=settings.init,
+                init_std=settings.init_std,
+                dropout=settings.dropout,
+                learn_scale=settings.learn_scale,
+                fan_in_fan_out=settings.fan_in_fan_out,
+                generator=stream(settings.seed, name),
+            )
+    heads = fully_trained_modules(model, settings)
+    return Adapters(model, plan.sites, layers, heads, _trained_biases(model, settings.bias, layers, heads))
+
+
+def _trained_biases(
+    model: nn.Module, bias: str, adapted: Mapping[str, LoRALinear], fully_trained: Sequence[str]
+) -> list[nn.Parameter]:
+    if bias == "none":
+        return []
+    named = [(*name.rpartition("."), p) for name, p in model.named_parameters()]
+    biases = [(owner, p) for owner, _, own, p in named if own == "bias" or own.endswith("_bias")]
+    return [p for owner, p in biases if not under(owner, fully_trained) and (bias == "all" or owner in adapted)]
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever the model holds ``old``."""
+    for parent in list(model.modules()):
+        if parent is not new:
+            for attribute in [name for name, child in parent._modules.items() if child is old]:
+                setattr(parent, attribute, new)

@@ -1,0 +1,213 @@
+"""Where the gate vector g of an adapter comes from.
+
+An adapter computes ``s * B diag(g) A x``; a gate gives g, one entry for each rank-1 component. A gate returns ``None``
+for "all ones", so that an ungated adapter pays nothing for having a gate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+SelectorForm = Literal["straight_through", "sigmoid", "hard_concrete", "gumbel", "gumbel_softmax", "simplex"]
+SELECTOR_FORMS: tuple[str, ...] = get_args(SelectorForm)
+_SIMPLEX_FORMS = ("simplex", "gumbel_softmax")
+
+# Stretch of the hard concrete distribution: Louizos, Welling & Kingma, "Learning sparse neural networks through L0
+# regularization", ICLR 2018, section 4.
+_STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
+_ROUNDING = 1e-5  # of a softmax in float32
+
+
+class FixedGate(nn.Module):
+    """A 0/1 mask that is not learned.
+
+    Args:
+        rank: number of components r.
+        mask: shape ``(r,)``; all ones by default.
+    """
+
+    mask: Tensor
+
+    def __init__(self, rank: int, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(rank))
+        self._open = True
+        if mask is not None:
+            self.set_mask(mask)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask; any non-zero entry counts as 1.
+
+        Raises:
+            ValueError: if the mask has not the shape ``(r,)``.
+        """
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"mask: expected shape {tuple(self.mask.shape)}, got {tuple(mask.shape)}")
+        self._open = bool(mask.all())  # known here, so that forward need not ask the device
+        self.mask.copy_(mask != 0)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._open = bool(self.mask.all())
+
+    def forward(self) -> Tensor | None:
+        """The mask, or ``None`` when it is all ones."""
+        return None if self._open else self.mask
+
+    def evaluation_gate(self) -> Tensor:
+        """The gate that evaluation applies, shape ``(r,)``."""
+        return self.mask
+
+
+class SelectorGate(nn.Module):
+    r"""Learned selectors: one logit :math:`\theta_i` for each rank-1 component.
+
+    In training, with :math:`\sigma` the logistic function and :math:`\tau` the temperature:
+
+    ================  ==========================================================================================
+    form              g
+    ================  ==========================================================================================
+    straight_through  :math:`1[\sigma(\theta) > t]` forward, the gradient of :math:`\sigma(\theta)` backward
+                      (Bengio, Leonard & Courville, arXiv 1308.3432, section 2.3)
+    sigmoid           :math:`\sigma(\theta / \tau)`
+    hard_concrete     a binary concrete sample stretched to (-0.1, 1.1) and clipped to [0, 1]
+                      (Louizos et al., ICLR 2018, section 4)
+    gumbel            a binary concrete sample :math:`\sigma((\theta + \mathrm{logistic}) / \tau)`
+                      (Maddison, Mnih & Teh, ICLR 2017, appendix B)
+    gumbel_softmax    a concrete sample over the module's components,
+                      :math:`\mathrm{softmax}((\theta + \mathrm{gumbel}) / \tau)`
+                      (Jang, Gu & Poole, ICLR 2017, section 2)
+    simplex           softmax over the module's components (Zhang et al., NAACL 2024, section 3.1)
+    ================  ==========================================================================================
+
+    At evaluation the noise is gone and g is hard-thresholded: a component is 0 unless its noise-free :meth:`value`
+    (:math:`\sigma(\theta)` for straight_through) is above ``threshold``, and one that is above keeps this value (1 for
+    straight_through), so that the scale of the output does not jump when training ends.
+
+    A selector learns from the start; :meth:`fix` makes it a fixed 0/1 mask, and :meth:`learn` a selector again. The
+    state dict says which of the two it is.
+
+    Args:
+        rank: number of components r.
+        form: one of the forms above.
+        threshold: 0.5 by default. For the two forms on the simplex 1/r, which a component that has exactly its equal
+            share passes: equal shares say nothing against any of them.
+        tau: temperature, > 0; without effect on straight_through and simplex.
+        init: initial logit of every component.
+        generator: random stream of the noise, on the CPU; the global one by default. Every forward pass draws anew.
+
+    Raises:
+        ValueError: for an unknown form, or a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        form: SelectorForm = "straight_through",
+        *,
+        threshold: float | None = None,
+        tau: float = 1.0,
+        init: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in SELECTOR_FORMS:
+            raise ValueError(f"selector form: expected one of {', '.join(SELECTOR_FORMS)}, got {form!r}")
+        if tau <= 0:
+            raise ValueError(f"tau: expected a temperature > 0, got {tau}")
+        self.form = form
+        self.tau = tau
+        equal_share = (1 - _ROUNDING) / rank
+        self.threshold = threshold if threshold is not None else (equal_share if form in _SIMPLEX_FORMS else 0.5)
+        self.generator = generator
+        self.logits = nn.Parameter(torch.full((rank,), float(init)))
+        self.fixed = FixedGate(rank)
+        self.learning = True
+
+    def probability(self) -> Tensor:
+        """Differentiable share of each component in [0, 1], shape ``(r,)``: what a sparsity penalty charges for.
+
+        The softmax for the two forms on the simplex, P(g != 0) for hard_concrete (Louizos et al., equation 12), and
+        the logistic function for the others.
+        """
+        if self.form in _SIMPLEX_FORMS:
+            return self.logits.softmax(0)
+        if self.form == "hard_concrete":
+            return torch.sigmoid(self.logits - self.tau * math.log(-_STRETCH_LOW / _STRETCH_HIGH))
+        if self.form == "sigmoid":
+            return torch.sigmoid(self.logits / self.tau)
+        return torch.sigmoid(self.logits)
+
+    def kept(self) -> Tensor:
+        """Which components survive the threshold: bool, shape ``(r,)``."""
+        level = self.value() if self.form == "hard_concrete" else self.probability()
+        return level > self.threshold
+
+    def fix(self, mask: Tensor) -> None:
+        """Stop learning and gate with this 0/1 mask.
+
+        Raises:
+            ValueError: if the mask has not the shape ``(r,)``.
+        """
+        self.fixed.set_mask(mask)
+        self.learning = False
+
+    def learn(self) -> None:
+        """Gate with the logits, and let them learn."""
+        self.learning = True
+
+    def evaluation_gate(self) -> Tensor:
+        """The gate that evaluation applies, shape ``(r,)``: the noise-free value above the threshold, else 0."""
+        if not self.learning:
+            return self.fixed.evaluation_gate()
+        with torch.no_grad():
+            return torch.where(self.kept(), self.value(), 0.0)
+
+    def forward(self) -> Tensor | None:
+        """The gate g, shape ``(r,)``: with noise and gradient in training, thresholded at evaluation."""
+        if not self.learning:
+            return self.fixed()
+        if not self.training:
+            return self.evaluation_gate()
+        if self.form == "straight_through":
+            soft = torch.sigmoid(self.logits)
+            return (soft > self.threshold).to(soft.dtype) + (soft - soft.detach())
+        if self.form == "gumbel_softmax":
+            gumbel = -torch.log(-torch.log(self._uniform()))
+            return ((self.logits + gumbel) / self.tau).softmax(0)
+        if self.form in ("gumbel", "hard_concrete"):
+            return self._stretch(torch.sigmoid((self.logits + torch.logit(self._uniform())) / self.tau))
+        return self.value()
+
+    def value(self) -> Tensor:
+        """The gate without noise or threshold, shape ``(r,)``; 1 for straight_through."""
+        if self.form == "straight_through":
+            return torch.ones_like(self.logits)
+        if self.form == "hard_concrete":
+            return self._stretch(torch.sigmoid(self.logits))
+        return self.probability()
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the selector learns, for the state dict."""
+        return torch.tensor(self.learning)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take back what :meth:`get_extra_state` gave."""
+        self.learning = bool(state)
+
+    def _stretch(self, sample: Tensor) -> Tensor:
+        if self.form != "hard_concrete":
+            return sample
+        return (sample * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW).clamp(0, 1)
+
+    def _uniform(self) -> Tensor:
+        eps = torch.finfo(torch.float32).eps
+        draw = torch.rand(self.logits.shape, generator=self.generator)
+        return draw.clamp(eps, 1 - eps).to(self.logits.device)
+
+
+Gate = FixedGate | SelectorGate

@@ -1,0 +1,409 @@
+"""The configuration of a run as typed, frozen models. No torch.
+
+``conf/`` holds the same keys and defaults as YAML, where Hydra composes them; a test keeps the two equal.
+:mod:`autolora.compose` makes a :class:`RunConfig` from a command line and reports every fault at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    Strict,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+BackboneName = Literal[
+    "minilm", "roberta_base", "bert_base", "deberta_v3_base", "distilbert", "electra_small", "custom", "none"
+]
+DEFAULT_SCALE = 2.0
+
+
+def _text(value: Any) -> Any:
+    """YAML reads a name such as 2024 as a number: it is text all the same."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    """No shell expands the ~ in ``data.dir=~/glue``."""
+    return Path(value).expanduser() if isinstance(value, str | Path) and str(value) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+PathLike = Annotated[Path, Strict(False), BeforeValidator(_path)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Names = Annotated[tuple[Text, ...], Strict(False)]
+
+
+class Conflict(NamedTuple):
+    """Values that are fine one by one and wrong together: the dotted keys that take part, and what to do."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: frozen, no unknown keys, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong between the values of this section."""
+        yield from ()
+
+
+class GlueTaskConfig(Section):
+    """One of the nine GLUE tasks."""
+
+    name: GlueName
+
+
+class PlantedConfig(Section):
+    """The task whose true ranks are known; see ``autolora.tasks.planted``."""
+
+    name: Literal["planted"] = "planted"
+    dim: Count = 64
+    widths: Annotated[tuple[Count, ...], Strict(False), Len(1)] = (32, 64, 128)
+    ranks: Annotated[tuple[Whole, ...], Strict(False)] = (0, 1, 2, 4, 8, 3)
+    singular_value: NonNegative = 1.5
+    profile: Literal["equal", "decaying"] = "equal"
+    noise: NonNegative = 0.0
+    teacher_seed: Whole | None = None
+    eval_size: Count = 8192
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Two ranks for each block, none above what its modules can have."""
+        keys = ("task.ranks", "task.widths", "task.dim")
+        if len(self.ranks) != 2 * len(self.widths):
+            wanted = f"two for each of the {len(self.widths)} widths, {2 * len(self.widths)} in all"
+            yield Conflict(keys, f"task.ranks: expected {wanted}, got {len(self.ranks)}")
+            return
+        for i, rank in enumerate(self.ranks):
+            largest = min(self.dim, self.widths[i // 2])
+            if rank > largest:
+                module = f"{'UV'[i % 2]}{i // 2}"
+                yield Conflict(keys, f"task.ranks: {module} can have rank 0 to {largest} (min(in, out)), got {rank}")
+
+
+class DataConfig(Section):
+    """Where rows come from and how they are batched."""
+
+    source: Literal["auto", "local", "hub", "mini"] = "auto"
+    dir: PathLike | None = None
+    cache_dir: PathLike | None = None
+    max_train: Count | None = None
+    heldout: Annotated[float, Gt(0), Lt(0.5)] = 0.1
+    max_heldout: Count = 1000
+    batch_size: Count = 32
+    eval_batch_size: Count = 128
+    max_length: Annotated[int, Ge(8)] = 128
+    num_workers: Whole = 0
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A local source needs a folder, and a folder has to be there."""
+        keys = ("data.source", "data.dir")
+        if self.source == "local" and self.dir is None:
+            yield Conflict(keys, "data.source=local: expected the folder too: add data.dir=DIR (GLUE TSV files)")
+        if self.dir is not None and not self.dir.is_dir():
+            yield Conflict(keys[1:], f"data.dir={self.dir}: there is no such folder (relative to {Path.cwd()})")
+
+
+class BackboneConfig(Section):
+    """What is adapted. An ``id`` beside one of the known names makes it ``custom``: the name would be a lie."""
+
+    name: BackboneName = "minilm"
+    id: Text | None = None
+    path: PathLike | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_model(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("id") is not None and data.get("name", "minilm") != "none":
+            return {**data, "name": "custom"}
+        return data
+
+    @property
+    def label(self) -> str:
+        """The name to file results under: that of the model itself where it is a custom one."""
+        if self.name != "custom":
+            return self.name
+        return self.id or (self.path.name if self.path else self.name)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A custom model has an id or a path, and a path has to be there."""
+        if self.name == "custom" and self.id is None and self.path is None:
+            message = "backbone=custom: expected the model too: add backbone.id=ORG/NAME or backbone.path=DIR"
+            yield Conflict(("backbone.name", "backbone.id", "backbone.path"), message)
+        if self.path is not None and not self.path.is_dir():
+            message = f"backbone.path={self.path}: there is no such folder (relative to {Path.cwd()})"
+            yield Conflict(("backbone.path",), message)
+
+
+class AdapterConfig(Section):
+    """What is the same for every adapter; see ``autolora.adapters``."""
+
+    targets: Text | Names = "all-linear"
+    exclude: Names = ()
+    layers_to_transform: Annotated[tuple[Whole, ...], Strict(False)] | None = None
+    layers_pattern: Text | None = None
+    rank_pattern: dict[str, Whole] = Field(default_factory=dict)
+    modules_to_save: Names | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    fan_in_fan_out: bool | None = None
+    scale: Positive | None = None
+    alpha: Positive | None = None
+    reference_rank: Count | None = None
+    rslora: bool = False
+    learn_scale: bool = False
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init_std: Positive = 0.02
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+
+    def effective_scale(self) -> float:
+        """The scale s: as given, or ``alpha / reference_rank`` (rslora: over its square root), or the default."""
+        if self.alpha is None:
+            return DEFAULT_SCALE if self.scale is None else self.scale
+        assert self.reference_rank is not None
+        return self.alpha / (self.reference_rank**0.5 if self.rslora else self.reference_rank)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """One way to write the scale, written in full; patterns that compile."""
+        keys = ("adapter.scale", "adapter.alpha", "adapter.reference_rank", "adapter.rslora")
+        if self.alpha is not None and self.scale is not None:
+            yield Conflict(keys[:2], "adapter.scale and adapter.alpha both set the scale: keep one")
+        if self.alpha is not None and self.reference_rank is None:
+            message = (
+                "adapter.alpha: expected adapter.reference_rank=R too (the scale is alpha / R, whatever the ranks)"
+            )
+            yield Conflict(keys[1:3], message)
+        for key in ("reference_rank", "rslora"):
+            if getattr(self, key) and self.alpha is None:
+                yield Conflict((keys[1], f"adapter.{key}"), f"adapter.{key}: only has a meaning beside adapter.alpha")
+        yield from self._bad_patterns()
+
+    def _bad_patterns(self) -> Iterator[Conflict]:
+        patterns = {
+            "targets": (self.targets,) if isinstance(self.targets, str) else self.targets,
+            "exclude": self.exclude,
+            "modules_to_save": self.modules_to_save or (),
+            "rank_pattern": tuple(self.rank_pattern),
+        }
+        for key, pattern in ((key, pattern) for key, group in patterns.items() for pattern in group):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"adapter.{key}: expected names or regular expressions, got {pattern!r} ({error})"
+                yield Conflict((f"adapter.{key}",), message)
+
+
+class StrategyConfig(BaseModel):
+    """A strategy's name and its own options, which the strategy's module defines.
+
+    Written out, it is flat, as in the YAML: ``{"name": ..., **options}``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: InstanceOf[BaseModel]
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options.model_dump(mode="json")}
+
+
+class BudgetConfig(Section):
+    """How many adapter parameters the final plan may have; see :class:`autolora.plan.Budget`."""
+
+    enabled: bool = True
+    rank: NonNegative | None = None
+    params: Whole | None = None
+    fraction: Share | None = None
+
+    def given(self) -> dict[str, float]:
+        """The one that was chosen of rank, params and fraction, by name; empty for the task's default."""
+        values = {"rank": self.rank, "params": self.params, "fraction": self.fraction}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """One way to write the budget, and none beside ``budget=none``."""
+        given = {f"budget.{key}": value for key, value in self.given().items()}
+        written = " and ".join(f"{key}={value:g}" for key, value in given.items())
+        if len(given) > 1:
+            yield Conflict(tuple(given), f"{written}: expected at most one of rank, params, fraction: keep one")
+        if given and not self.enabled:
+            yield Conflict(("budget.enabled", *given), f"{written}: there is no budget with budget=none: keep one")
+
+
+class GroupOptim(Section):
+    """Learning rate and weight decay of adapters."""
+
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+
+
+class GateOptim(Section):
+    """Learning rate and weight decay of the gates; a rate of ``None`` leaves it to the strategy."""
+
+    lr: Positive | None = None
+    weight_decay: NonNegative = 0.0
+
+
+class HeadOptim(GroupOptim):
+    """Learning rate and weight decay of the modules that are trained in full."""
+
+    weight_decay: NonNegative = 0.01
+
+
+class OptimConfig(Section):
+    """AdamW by parameter group, and the schedule of the learning rates."""
+
+    adapter: GroupOptim = GroupOptim()
+    gate: GateOptim = GateOptim()
+    head: HeadOptim = HeadOptim()
+    betas: Annotated[tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]], Strict(False)] = (
+        0.9,
+        0.999,
+    )
+    eps: Positive = 1e-8
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.06
+
+
+class TrainerConfig(Section):
+    """Arguments of ``lightning.pytorch.Trainer`` under their own names, and two of ours: see :meth:`arguments`."""
+
+    accelerator: Text = "auto"
+    devices: int | Text | Annotated[tuple[Whole, ...], Strict(False)] = 1
+    num_nodes: Count = 1
+    strategy: Text = "auto"
+    precision: Literal[
+        "auto",
+        "32-true",
+        "64-true",
+        "16-true",
+        "bf16-true",
+        "16-mixed",
+        "bf16-mixed",
+        "32",
+        "64",
+        "16",
+        "bf16",
+        32,
+        64,
+        16,
+    ] = "auto"
+    max_epochs: Annotated[int, Ge(-1)] | None = 3
+    min_epochs: Count | None = None
+    max_steps: Annotated[int, Ge(-1)] = -1
+    min_steps: Count | None = None
+    max_time: Text | None = None
+    limit_train_batches: Count | Share | None = None
+    limit_val_batches: Whole | Share | None = None
+    overfit_batches: Whole | Share = 0.0
+    fast_dev_run: bool | Whole = False
+    val_check_interval: Count | Share | None = None
+    check_val_every_n_epoch: Count | None = 1
+    num_sanity_val_steps: Annotated[int, Ge(-1)] = 0
+    log_every_n_steps: Count = 10
+    enable_progress_bar: bool = True
+    accumulate_grad_batches: Count = 1
+    gradient_clip_val: NonNegative | None = 1.0
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    sync_batchnorm: bool = False
+    checkpoint: Literal["last", "best"] = "last"
+    early_stopping_patience: Count | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for Lightning's Trainer; ``precision`` may still be ``"auto"``."""
+        arguments = {key: getattr(self, key) for key in type(self).model_fields}
+        arguments["devices"] = list(self.devices) if isinstance(self.devices, tuple) else self.devices
+        return {key: value for key, value in arguments.items() if key not in ("checkpoint", "early_stopping_patience")}
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Training has to end."""
+        if self.max_steps == -1 and self.max_epochs in (-1, None) and self.max_time is None and not self.fast_dev_run:
+            keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.fast_dev_run")
+            yield Conflict(keys, "trainer.max_epochs, max_steps and max_time: nothing ends the training: set one")
+
+
+class WandbConfig(Section):
+    """Weights & Biases; ``auto`` is offline, because syncing is the user's choice."""
+
+    name: Literal["wandb"] = "wandb"
+    project: Text = "autolora"
+    entity: Text | None = None
+    mode: Literal["auto", "offline", "online", "disabled"] = "auto"
+    group: Text | None = None
+    tags: Names = ()
+
+
+class CsvConfig(Section):
+    """No service: the run directory's own files."""
+
+    name: Literal["csv"] = "csv"
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    max_rank: Count = 16
+    run_root: PathLike = Path("runs")
+    force: bool = False
+    task: GlueTaskConfig | PlantedConfig = Field(default=GlueTaskConfig(name="mnli"), discriminator="name")
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    strategy: StrategyConfig
+    budget: BudgetConfig = BudgetConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    logger: WandbConfig | CsvConfig = Field(default=WandbConfig(), discriminator="name")
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> RunConfig:
+        found = list(self.conflicts())
+        if found:
+            text = "; ".join(conflict.message for conflict in found)
+            raise PydanticCustomError("conflicts", text, {"conflicts": found})
+        return self
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong inside the sections, and between them."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Section):
+                yield from section.conflicts()
+        planted = isinstance(self.task, PlantedConfig)
+        if planted and self.backbone.name != "none":
+            message = f"backbone={self.backbone.name}: task=planted brings its own model: leave the backbone out"
+            yield Conflict(("task.name", "backbone.name"), message)
+        if not planted and self.backbone.name == "none":
+            yield Conflict(("task.name", "backbone.name"), f"backbone=none: task={self.task.name} needs a model")
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML with every key, as in ``config.yaml`` of a run directory."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

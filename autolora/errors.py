@@ -1,0 +1,32 @@
+"""Errors that a user can act on.
+
+Every message says what was expected, what came, and what to do. The command lines print them without a traceback.
+"""
+
+
+class AutoLoRAError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(AutoLoRAError):
+    """The configuration is wrong; the message lists every fault found."""
+
+
+class DataError(AutoLoRAError):
+    """A data file is missing, truncated or malformed, or a split is empty."""
+
+
+class BackboneError(AutoLoRAError):
+    """A pretrained model cannot be found, verified or used for the task."""
+
+
+class TargetError(AutoLoRAError):
+    """A pattern that selects modules matches nothing, or modules that cannot be adapted."""
+
+
+class PlanError(AutoLoRAError):
+    """A rank plan or a budget is impossible for the model."""
+
+
+class NonFiniteLossError(AutoLoRAError):
+    """The training loss became NaN or infinite."""

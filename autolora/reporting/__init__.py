@@ -1,0 +1,1 @@
+"""Results for people: reads what runs have written, never trains."""

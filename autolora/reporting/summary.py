@@ -1,0 +1,80 @@
+"""The summary of one run in the terminal: what came out, what it cost, and where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autolora.results import RunResult
+from autolora.roles import Role, rank_grid, role_of
+
+_SHADES = ("grey35", "dark_blue", "blue", "cyan", "green", "yellow", "red")
+
+
+def heat_table(ranks: Mapping[str, int]) -> Table:
+    """The grid of :func:`rank_grid`, the colder the lower; names in place of roles where roles say nothing."""
+    if all(role_of(name) is Role.other for name in ranks):
+        table = Table(title="ranks", title_justify="left")
+        for name in ranks:
+            table.add_column(name, justify="right")
+        largest = max(ranks.values(), default=0)
+        table.add_row(*(_shaded(rank, largest) for rank in ranks.values()))
+        return table
+    roles, depths, cells = rank_grid(ranks)
+    largest = max(cells.values(), default=0)
+    table = Table(title="ranks by role and depth", title_justify="left")
+    table.add_column("role")
+    for depth in depths:
+        table.add_column("-" if depth is None else str(depth), justify="right")
+    for role in roles:
+        row = [cells.get((role, depth)) for depth in depths]
+        table.add_row(role.value, *(Text("") if rank is None else _shaded(rank, largest) for rank in row))
+    return table
+
+
+def print_summary(result: RunResult, directory: Path, console: Console | None = None) -> None:
+    """Print what a user wants to see last."""
+    console = console or Console()
+    metrics, params, seconds = result.metrics, result.params, result.seconds
+    value = "undefined" if metrics.value is None else f"{metrics.value:.4f}"
+    console.print(f"\n{result.strategy} on {result.task} ({result.data_source}), {result.backbone}, seed {result.seed}")
+    console.print(f"  {metrics.primary}: [bold]{value}[/bold]" + _others(metrics.all, metrics.primary), highlight=False)
+    console.print("  " + _parameters(params.adapter, params.budget, params.head), highlight=False)
+    if result.planted is not None:
+        planted = result.planted
+        console.print(
+            f"  planted ranks found exactly in {planted.exact_fraction:.0%} of the modules: true "
+            f"{list(planted.true.values())}, found {list(planted.found.values())}",
+            highlight=False,
+        )
+    console.print(heat_table(result.ranks))
+    parts = ", ".join(f"{name} {getattr(seconds, name):.1f}" for name in ("fit", "select", "evaluate"))
+    console.print(
+        f"  {seconds.total:.1f} s ({parts}), {result.steps} steps, {result.examples_per_second:.0f} examples/s",
+        highlight=False,
+    )
+    for note in result.notes:
+        console.print(f"  note: {note}", highlight=False)
+    console.print(f"  written to {directory}", highlight=False, soft_wrap=True)
+
+
+def _shaded(rank: int, largest: int) -> Text:
+    shade = _SHADES[min(len(_SHADES) - 1, round((len(_SHADES) - 1) * rank / max(1, largest)))]
+    return Text(str(rank) if rank else "·", style=shade)
+
+
+def _others(metrics: Mapping[str, float | None], primary: str) -> str:
+    rest = [f"{k} {'undefined' if v is None else f'{v:.4f}'}" for k, v in metrics.items() if k != primary]
+    return f"  ({', '.join(rest)})" if rest else ""
+
+
+def _parameters(adapter: int, budget: int | None, head: int) -> str:
+    if budget is None:
+        against = "no budget"
+    else:
+        against = f"{100 * adapter / budget:.1f} % of the budget of {budget:,}" if budget else "the budget is 0"
+    return f"adapter parameters: {adapter:,} ({against}); head: {head:,}"

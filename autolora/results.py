@@ -1,0 +1,386 @@
+"""What a run leaves behind: its identity, its directory, and ``result.json``. No torch.
+
+A run is identified by its configuration together with the *resolved* source and the fingerprint of its data, so that
+numbers on embedded data never meet numbers on GLUE. Every file is replaced atomically, ``result.json`` last: where it
+stands, the rest is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autolora.config import RunConfig
+from autolora.errors import DataError
+
+SCHEMA = 1
+_PACKAGES = (
+    "autolora", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy",
+    "hydra-core", "pydantic", "wandb",
+)  # fmt: skip
+# What says where a run is kept and how it is watched, not what it computes. The data themselves are in the fingerprint.
+_NOT_IDENTITY = (
+    "run_root", "force", "logger", "data.source", "data.dir", "data.cache_dir", "data.num_workers",
+    "trainer.enable_progress_bar",
+)  # fmt: skip
+_GIT_SECONDS = 5.0
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metrics(_Record):
+    """Scores on dev: the primary metric's name and value, and all of them."""
+
+    primary: str
+    value: float | None = None
+    all: dict[str, float | None] = Field(default_factory=dict)
+
+
+class Params(_Record):
+    """Parameter counts: final adapters, fully trained head, the most ever trained at once, the budget, the backbone."""
+
+    adapter: int
+    head: int
+    peak_trainable: int
+    budget: int | None
+    backbone: int
+
+
+class Seconds(_Record):
+    """Wall-clock seconds of the parts of a run."""
+
+    total: float = 0.0
+    fit: float = 0.0
+    select: float = 0.0
+    retrain: float = 0.0
+    evaluate: float = 0.0
+
+
+class Planted(_Record):
+    """True and found ranks, the share of modules that are exact, and the error relative to no adapter."""
+
+    true: dict[str, int]
+    found: dict[str, int]
+    exact_fraction: float
+    excess_error: float | None
+
+
+class Git(_Record):
+    """The state of the code; ``None`` where there is no repository."""
+
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class RunResult(_Record):
+    """The content of ``result.json``. NaN and infinities become null, and a note says so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    status: Literal["complete", "failed", "interrupted"]
+    task: str
+    data_source: str
+    data_fingerprint: str
+    backbone: str
+    strategy: str
+    seed: int
+    metrics: Metrics
+    selection_metrics: dict[str, float | None] = Field(default_factory=dict)
+    params: Params
+    adapter_bytes: int
+    ranks: dict[str, int]
+    seconds: Seconds
+    examples_per_second: float
+    peak_memory_bytes: int
+    steps: int
+    config_hash: str
+    git: Git
+    versions: dict[str, str]
+    hardware: dict[str, str | int | None]
+    planted: Planted | None = None
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nan(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        notes: list[str] = []
+        clean = {key: _finite(value, key, notes) for key, value in data.items()}
+        return {**clean, "notes": (*clean.get("notes", ()), *notes)}
+
+    def to_json(self) -> str:
+        """Strict JSON; ``planted`` only where there is something planted."""
+        data = self.model_dump(mode="json", by_alias=True)
+        if self.planted is None:
+            del data["planted"]
+        return dump_json(data)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, cfg: RunConfig, data_source: str, data_fingerprint: str) -> RunDirectory:
+        """The directory of a configuration on the data that it was resolved to."""
+        digest = config_hash(cfg, data_source, data_fingerprint)
+        name = run_name(cfg.task.name, data_source, cfg.backbone.label, cfg.strategy.name, cfg.seed, digest)
+        return cls(cfg.run_root / name)
+
+    @property
+    def config(self) -> Path:
+        """The configuration, every key written out."""
+        return self.path / "config.yaml"
+
+    @property
+    def result(self) -> Path:
+        """The result, written last."""
+        return self.path / "result.json"
+
+    @property
+    def ranks(self) -> Path:
+        """The final rank of every module."""
+        return self.path / "ranks.json"
+
+    @property
+    def history(self) -> Path:
+        """Losses, ranks and rates over training."""
+        return self.path / "history.csv"
+
+    @property
+    def predictions(self) -> Path:
+        """One row for each example of dev."""
+        return self.path / "predictions.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the training loop."""
+        return self.path / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        """Files of Weights & Biases."""
+        return self.path / "wandb"
+
+    def start(self, cfg: RunConfig) -> None:
+        """Make the directory, take away an older result, and write the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.result.unlink(missing_ok=True)
+        write_text_atomic(self.config, cfg.to_yaml())
+
+    def write_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Write ``ranks.json``."""
+        write_json_atomic(self.ranks, dict(ranks))
+
+    def write_predictions(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Write ``predictions.csv``."""
+        with _replacing(self.predictions) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    def write_result(self, result: RunResult) -> None:
+        """Write ``result.json``: call it when everything else is written."""
+        write_text_atomic(self.result, result.to_json())
+
+    def read_result(self) -> RunResult:
+        """The result.
+
+        Raises:
+            DataError: if there is none, or it cannot be read.
+        """
+        return read_result(self.result)
+
+    def is_complete(self) -> bool:
+        """Whether a readable result says so; a damaged one does not count."""
+        try:
+            return self.read_result().status == "complete"
+        except DataError:
+            return False
+
+
+def read_result(path: Path) -> RunResult:
+    """Read a ``result.json``, given itself or its run directory.
+
+    Raises:
+        DataError: if it is missing, not JSON, of another schema, or lacks fields.
+    """
+    file = path / "result.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: there is no result; expected a run directory with result.json") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: expected JSON, could not read it ({error}); run again with force=true") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise DataError(f"{file}: expected a result of schema {SCHEMA}, got {found}; run again with force=true")
+    try:
+        return RunResult.model_validate(data)
+    except ValidationError as error:
+        fields = ", ".join(sorted({".".join(map(str, entry["loc"])) for entry in error.errors()}))
+        raise DataError(f"{file}: missing or malformed fields: {fields}; run again with force=true") from None
+
+
+def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str) -> str:
+    """sha256 of what decides the outcome of a run: its configuration, and the data it was resolved to.
+
+    Where runs go and how they are logged takes no part; nor do the way to the data (``data.source``, ``data.dir``,
+    ``data.cache_dir``), since the resolved source and the fingerprint say what they are.
+    """
+    tree = cfg.model_dump(mode="json")
+    for key in _NOT_IDENTITY:
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        del node[last]
+    identity = {"config": tree, "data_source": data_source, "data_fingerprint": data_fingerprint}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_name(task: str, source: str, backbone: str, strategy: str, seed: int, digest: str) -> str:
+    """Name of a run directory: readable, safe as a file name, unique by the hash."""
+    parts = (task, source, backbone, strategy, f"seed{seed}", digest[:10])
+    return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def dump_json(data: Any) -> str:
+    """Strict, indented JSON with a newline at the end."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """Replace a JSON file as a whole, or not at all."""
+    write_text_atomic(path, dump_json(data))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a text file as a whole, or not at all."""
+    with _replacing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any, where: str, notes: list[str]) -> Any:
+    """The value with None for every number that JSON has no word for, and a note on each."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(by_alias=True)
+    if isinstance(value, Mapping):
+        return {key: _finite(item, f"{where}.{key}", notes) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        notes.append(f"{where} was {value}: stored as null")
+        return None
+    return value
+
+
+# Where it ran --------------------------------------------------------------------------------------------------------
+
+
+def git_state(directory: Path | None = None) -> Git:
+    """Commit, and whether tracked files differ from it.
+
+    Args:
+        directory: inside the repository; by default the checkout that this package runs from, else the current folder.
+    """
+    if directory is None:
+        checkout = Path(__file__).resolve().parents[1]
+        directory = checkout if (checkout / ".git").exists() else Path.cwd()
+    commit = _git(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return Git()
+    changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return Git(commit=commit, dirty=None if changed is None else bool(changed))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number, without importing any."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(gpu: str | None = None) -> dict[str, str | int | None]:
+    """Platform, processor, usable cores and memory in bytes; ``gpu`` is the name of the accelerator in use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        memory = None
+    return {"platform": platform.platform(), "cpu": _cpu(), "cores": cores, "memory_bytes": memory, "gpu": gpu}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had resident; 0 where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

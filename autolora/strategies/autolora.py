@@ -1,0 +1,341 @@
+r"""AutoLoRA: selectors learned beside the weights, under a price on parameters.
+
+Every module starts at its maximum rank, with a selector logit :math:`\theta_i` on each rank-1 component i. Training has
+three phases, whose lengths are shares of the run:
+
+1. *Warm-up*: all gates are open; A and B find the update that the task wants. Then every module's (A, B) is rotated
+   into the singular basis of its own product (:func:`autolora.adapters.canonicalize`): before that, components share
+   directions, and a gate would judge a part of several of them.
+2. *Prune*: the selectors are trained too, on
+
+   .. math:: L(A, B, \theta) + \lambda \, \frac{\sum_i c_i \, p(\theta_i)}{\sum_i c_i}
+
+   with :math:`c_i` the component's parameters and p the gate's probability. The penalty acts on the selectors only: it
+   is not a function of A and B, and since the forward pass uses hard gates (straight_through), a growing B cannot pay
+   for a shrinking gate. The first tenth of the phase only listens: it measures the mean squared gradient of each gate,
+   a Fisher estimate of what closing it would cost (as in SNIP: Lee, Ajanthan & Torr, ICLR 2019, section 4, squared and
+   averaged), and the logits then start in the order of that estimate per parameter, spread evenly in cumulative cost.
+   So the price closes the least valuable gates first and the cost falls smoothly, where equal logits, which Adam moves
+   at equal speed, would all cross the threshold together. A gate that was closed wrongly feels the gradient of what it
+   is missed for, and opens again.
+3. *Settle*: the gates are fixed to 0/1 and the survivors go on alone, so that training ends with the function that is
+   evaluated.
+
+With a budget :math:`\lambda` is a Lagrange multiplier, moved by dual ascent with a proportional term (Stooke, Achiam &
+Abbeel, ICML 2020, section 4) on the violation of a schedule that leads the hard cost from everything down to the budget
+(cubic, as in Zhu & Gupta, arXiv 1710.01878, section 3), and the plan is projected to the budget when the gates are
+fixed. Without one, :math:`\lambda` is ``sparsity.weight`` times the training loss at the beginning of the run, so that
+one weight means the same for tasks of any scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from autolora.plan import RankPlan, rank_by_score, spend
+from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from autolora.adapters import Adapters, AdapterSettings, Gate, SelectorGate
+
+Form = Literal["straight_through", "sigmoid", "hard_concrete", "gumbel", "gumbel_softmax", "simplex"]
+
+# How far, in logits, a selector can travel during the prune phase when its learning rate is left to the strategy.
+_TRAVEL = 20.0
+_MAX_GATE_LR = 0.5
+# Shares of the prune phase: listening at its beginning, and holding the cost at the budget at its end.
+_LISTEN = 0.1
+_HOLD = 0.2
+
+_STATE = (
+    "integral", "price", "price_unit", "squared_gradient", "initial_loss", "losses_seen", "probability_sum", "watched",
+    "step_seen",
+)  # fmt: skip
+
+Phase = Literal["warmup", "listen", "prune", "settle"]
+
+
+class SelectorOptions(StrategyOptions):
+    """The selectors; see :class:`autolora.adapters.SelectorGate`.
+
+    ``init`` is the lowest logit at the start of pruning, and ``spread`` the distance to the highest.
+    """
+
+    form: Form = "straight_through"
+    threshold: float | None = Field(default=None, ge=0, lt=1)
+    tau: float = Field(default=1.0, gt=0)
+    init: float = 0.5
+    spread: float = Field(default=4.0, ge=0)
+
+
+class SparsityOptions(StrategyOptions):
+    r"""The price of parameters.
+
+    ``weight``: without a budget, keeping every component costs this share of the initial loss. ``ascent`` and ``gain``:
+    with a budget, the integral and the proportional response of the price to a violation of the schedule (cost above
+    schedule as a share of the largest cost); a price of 1 pushes the median gate as hard as its own gradient noise.
+    """
+
+    weight: float = Field(default=0.01, ge=0)
+    ascent: float = Field(default=15.0, ge=0)
+    gain: float = Field(default=30.0, ge=0)
+
+
+class PhaseOptions(StrategyOptions):
+    """Shares of the run's steps; what warm-up and prune leave is the settle phase."""
+
+    warmup: float = Field(default=0.25, ge=0, le=1)
+    prune: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _leave_room(self) -> PhaseOptions:
+        if self.warmup + self.prune > 1:
+            raise ValueError(f"warmup + prune: expected at most 1, got {self.warmup} + {self.prune}")
+        return self
+
+
+class Options(StrategyOptions):
+    """Options of :class:`AutoLoRA`."""
+
+    selector: SelectorOptions = SelectorOptions()
+    sparsity: SparsityOptions = SparsityOptions()
+    phases: PhaseOptions = PhaseOptions()
+    rotate: bool = True
+
+
+class AutoLoRA(Strategy[Options]):
+    """Selectors learned under a price on parameters; the module's docstring gives the method."""
+
+    Options = Options
+
+    def make_gate(self, name: str, rank: int) -> Gate:
+        """A selector that begins open and does not learn yet."""
+        import torch
+
+        from autolora.adapters import SelectorGate
+
+        selector = self.options.selector
+        gate = SelectorGate(
+            rank,
+            selector.form,
+            threshold=selector.threshold,
+            tau=selector.tau,
+            init=selector.init,
+            generator=self.noise,
+        )
+        gate.fix(torch.ones(rank))
+        return gate
+
+    def param_groups(self, rates: Rates, total_steps: int) -> list[dict[str, Any]]:
+        """The selectors have a group of their own, whose rate is constant and by default set by the phase's length."""
+        prune_steps = max(1, round(self.options.phases.prune * total_steps))
+        rate = min(_TRAVEL / prune_steps, _MAX_GATE_LR) if rates.gate.lr is None else rates.gate.lr
+        gates = {"name": "gate", "params": self.adapters.gate_parameters(), **vars(rates.gate), "lr": rate}
+        return [*super().param_groups(rates, total_steps), gates | {"constant": True}]
+
+    def attach(self, model: nn.Module, settings: AdapterSettings) -> Adapters:
+        """Adapters of maximum rank whose selectors are open and wait."""
+        import torch
+
+        from autolora.adapters.attach import stream
+
+        self.noise = stream(settings.seed, "selector noise")
+        adapters = super().attach(model, settings)
+        self.gates: dict[str, SelectorGate] = {name: layer.gate for name, layer in adapters.layers.items()}  # type: ignore[misc]
+        self.owners = [name for name, layer in adapters.layers.items() for _ in range(layer.rank)]
+        device = next(model.parameters()).device
+        self.costs = torch.tensor([float(adapters.sites[name].cost) for name in self.owners], device=device)
+        self.integral = torch.tensor(0.0, device=device)
+        self.price = torch.tensor(0.0, device=device)
+        self.price_unit = torch.tensor(1.0, device=device)
+        self.squared_gradient = torch.zeros_like(self.costs)
+        self.initial_loss = torch.tensor(0.0, device=device)
+        self.probability_sum = torch.zeros_like(self.costs)
+        self.watched = 0
+        self.phase: Phase = "warmup"
+        return adapters
+
+    def begin(self, total_steps: int, optimizer: Optimizer) -> None:
+        """Lay out the phases over the run."""
+        phases = self.options.phases
+        self.listen_from = round(phases.warmup * total_steps)
+        self.settle_from = min(total_steps, round((phases.warmup + phases.prune) * total_steps))
+        self.prune_from = self.listen_from + max(1, round(_LISTEN * (self.settle_from - self.listen_from)))
+        self.calibration = max(1, total_steps // 100)
+        self.losses_seen = self.step_seen = 0
+        if self.listen_from == 0:
+            self._begin_listening(optimizer)
+
+    # During training -------------------------------------------------------------------------------------------------
+
+    def penalty(self, loss: Tensor) -> Tensor | None:
+        """The price of the expected cost, as a share of everything; only while pruning."""
+        if self.losses_seen < self.calibration:
+            self.losses_seen += 1
+            self.initial_loss += (loss.detach() - self.initial_loss) / self.losses_seen
+        return self.price * self._expected_share() if self.phase == "prune" else None
+
+    def after_backward(self) -> None:
+        """Listen to the gates: the mean square of their gradients."""
+        if self.phase == "listen":
+            gradients = self._flat(lambda gate: gate.logits.grad if gate.logits.grad is not None else 0 * gate.logits)
+            self.squared_gradient += gradients.detach().square()
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Move the price, and go from phase to phase."""
+        self.step_seen = step
+        if self.phase == "prune":
+            self._move_price(step)
+            if step > self.settle_from - _HOLD * (self.settle_from - self.prune_from):
+                self.probability_sum += self._flat(lambda gate: gate.probability()).detach()
+                self.watched += 1
+        if self.phase == "warmup" and step >= self.listen_from:
+            self._begin_listening(optimizer)
+        if self.phase == "listen" and step >= self.prune_from:
+            self._begin_pruning(optimizer)
+        if self.phase == "prune" and step >= self.settle_from:
+            self._settle()
+
+    def scheduled_cost(self, step: int) -> float:
+        """The cost that a step of the prune phase aims at: cubic from everything to the budget, then level."""
+        assert self.allowance is not None
+        done = (step - self.prune_from) / max(1.0, (1 - _HOLD) * (self.settle_from - self.prune_from))
+        return self.allowance + (self.largest.params - self.allowance) * (1 - min(1.0, max(0.0, done))) ** 3
+
+    def _target(self) -> float:
+        """What the schedule asks for now."""
+        if self.phase == "settle":
+            assert self.allowance is not None
+            return self.allowance
+        return self.scheduled_cost(self.step_seen) if self.phase == "prune" else self.largest.params
+
+    def _begin_listening(self, optimizer: Optimizer) -> None:
+        """Make components canonical, and give the selectors a gradient; every gate stays open."""
+        import torch
+
+        from autolora.adapters import canonicalize
+
+        if self.options.rotate:
+            for layer in self.adapters.layers.values():
+                canonicalize(layer)
+            reset_optimizer_state(optimizer, self.adapters.adapter_parameters())
+        self._let_learn(torch.full_like(self.costs, self.options.selector.init))
+        self.phase = "listen"
+
+    def _begin_pruning(self, optimizer: Optimizer) -> None:
+        """Start the selectors in the order of what their gates seem worth, and set the unit of the price."""
+        import torch
+
+        share = torch.autograd.grad(self._expected_share(), self.adapters.gate_parameters())
+        push = torch.cat(share).abs()
+        heard = self.squared_gradient.sqrt() / max(1, self.prune_from - self.listen_from) ** 0.5
+        fixed_price = self.options.sparsity.weight * self.initial_loss
+        if self.allowance is None:
+            self.price = fixed_price
+        else:  # where training has converged there is no noise left to go by, and on a simplex no push
+            self.price_unit = torch.where(push > 0, heard / push, 0.0).median().clamp(min=fixed_price)
+        order = (self.squared_gradient / self.costs).argsort(stable=True)
+        below = torch.empty_like(self.costs)
+        below[order] = self.costs[order].cumsum(0) / self.costs.sum()
+        selector = self.options.selector
+        self.adapters.fix_gates({name: torch.ones(layer.rank) for name, layer in self.adapters.layers.items()})
+        self._let_learn(selector.init + selector.spread * below)
+        reset_optimizer_state(optimizer, self.adapters.gate_parameters())
+        self.phase = "prune"
+
+    def _let_learn(self, logits: Tensor) -> None:
+        """Set the selectors and let them gate; B takes the inverse of a soft gate, so that the output does not jump."""
+        import torch
+
+        with torch.no_grad():
+            parts = logits.split([layer.rank for layer in self.adapters.layers.values()])
+            for (name, gate), part in zip(self.gates.items(), parts, strict=True):
+                gate.logits.copy_(part)
+                gate.learn()
+                self.adapters.layers[name].lora_B.div_(gate.value())
+
+    def _move_price(self, step: int) -> None:
+        """Dual ascent on the violation of the schedule, with a proportional term; a price is never negative."""
+        if self.allowance is None:
+            return
+        kept = self._flat(lambda gate: gate.kept())
+        violation = ((kept * self.costs).sum() - self.scheduled_cost(step)) / self.costs.sum()
+        sparsity = self.options.sparsity
+        rate = sparsity.ascent / max(1, self.settle_from - self.prune_from)
+        self.integral = (self.integral + rate * violation).clamp(min=0.0)
+        self.price = self.price_unit * (self.integral + sparsity.gain * violation).clamp(min=0.0)
+
+    def _settle(self) -> None:
+        """Fix the gates: without a budget what the selectors keep, else the most probable components that it pays for.
+
+        Both go by the mean probability over the last fifth of the prune phase: a selector that is worth its price dips
+        below the threshold now and then, because only a closed gate shows what it is missed for, and is back soon.
+        """
+        flat = self._flat(lambda gate: gate.probability()).detach()
+        if self.watched:
+            flat = self.probability_sum / self.watched
+        means = dict(zip(self.gates, flat.split([len(gate.logits) for gate in self.gates.values()]), strict=True))
+        if self.allowance is None:
+            masks = {name: mean > self.gates[name].threshold for name, mean in means.items()}
+        else:
+            plan = spend(rank_by_score(self.owners, flat.tolist()), self.largest, self.allowance)
+            masks = {name: _top(mean, plan[name]) for name, mean in means.items()}
+        self.adapters.fix_gates(masks)
+        self.phase = "settle"
+
+    def _expected_share(self) -> Tensor:
+        """Expected cost as a share of the largest, differentiable in the logits."""
+        return (self._flat(lambda gate: gate.probability()) @ self.costs) / self.costs.sum()
+
+    def _flat(self, read: Callable[[SelectorGate], Tensor]) -> Tensor:
+        """One number per component, over all modules in order."""
+        import torch
+
+        return torch.cat([read(gate) for gate in self.gates.values()])
+
+    @property
+    def settled(self) -> bool:
+        """Whether the gates are fixed for good."""
+        return self.phase == "settle"
+
+    def progress(self) -> dict[str, float]:
+        """The multiplier, which is the weight of the penalty, and the cost that the schedule asks for."""
+        numbers = {"sparsity_price": float(self.price)}
+        return numbers if self.allowance is None else numbers | {"scheduled_params": self._target()}
+
+    # After training --------------------------------------------------------------------------------------------------
+
+    def finalize(self, evaluate: Evaluate) -> RankPlan:
+        """The plan of the settle phase."""
+        if self.phase != "settle":
+            self._settle()
+        return self.adapters.active_plan()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, price and what was measured; the logits are parameters."""
+        return {"phase": self.phase, "noise": self.noise.get_state()} | {key: getattr(self, key) for key in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the phase that was saved."""
+        import torch
+
+        self.phase = state["phase"]
+        self.noise.set_state(state["noise"])
+        for key in _STATE:
+            value = state[key]
+            setattr(self, key, value.to(self.costs.device) if isinstance(value, torch.Tensor) else value)
+        for gate in self.gates.values():
+            gate.learning = self.phase in ("listen", "prune")
+
+
+def _top(scores: Tensor, rank: int) -> Tensor:
+    """A 0/1 mask of the ``rank`` largest scores; ties go to the first."""
+    mask = scores.new_zeros(len(scores))
+    mask[scores.argsort(descending=True, stable=True)[:rank]] = 1
+    return mask

@@ -1,0 +1,177 @@
+"""The interface between a way of choosing ranks and whatever loop trains the model.
+
+A strategy owns the gates of the adapters: where they come from, who moves them and when, and which plan comes out. The
+loop owns data, weights and time, and calls, in this order::
+
+    adapters = strategy.attach(model, settings)        # adapters are in the model, which computes what it did before
+    strategy.prepare(batches, loss_fn)                 # look at data before training (initialisation from activations)
+    optimizer = AdamW(strategy.param_groups(rates, total_steps))
+    strategy.begin(total_steps, optimizer)
+    for every batch of training:
+        strategy.heldout_step(batch, heldout, loss_fn) # only if wants_heldout, once per optimizer step
+        loss = loss_fn(model, batch)
+        (loss + strategy.penalty(loss)).backward(); strategy.after_backward()  # every gradient of the step is there
+        optimizer.step(); strategy.after_step(step, optimizer)
+    plan = strategy.finalize(evaluate)                 # gates are fixed 0/1 masks from here on
+
+Only :meth:`Strategy.finalize` has to say something about ranks; all the rest has defaults that do nothing. Nothing here
+knows Lightning, so that another loop can call it. This module and the options of every strategy import no torch, so
+that a configuration is checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from autolora.plan import Budget, RankPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from autolora.adapters import Adapters, AdapterSettings, Gate
+
+Batch = dict[str, Any]
+LossFn = Callable[["nn.Module", Batch], "Tensor"]
+"""The task's loss of a batch, with its graph and without any penalty."""
+Evaluate = Callable[[RankPlan], float]
+"""The score of the model under a plan, measured on the held-out slice; higher is better."""
+
+
+class StrategyOptions(BaseModel):
+    """Base of every strategy's options: what may stand under ``strategy`` in the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class GroupRates:
+    """Learning rate and weight decay of one parameter group; a rate of ``None`` leaves it to the strategy."""
+
+    lr: float | None
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of adapters (A and B), gates (selector logits) and head (fully trained modules)."""
+
+    adapter: GroupRates
+    gate: GroupRates
+    head: GroupRates
+
+
+OptionsT = TypeVar("OptionsT", bound=StrategyOptions)
+
+
+class Strategy(Generic[OptionsT]):
+    """Base class of every way to choose ranks.
+
+    Args:
+        options: the strategy's own options.
+        budget: how many adapter parameters the final plan may have.
+        max_rank: the largest rank of any module.
+
+    Attributes:
+        largest: the plan of maximum ranks, from :meth:`attach` on.
+        allowance: the budget in parameters, ``None`` without one, from :meth:`attach` on.
+        adapters: the adapters, from :meth:`attach` on.
+    """
+
+    Options: ClassVar[type[StrategyOptions]]
+    wants_heldout: ClassVar[bool] = False
+    largest: RankPlan
+    allowance: int | None
+    adapters: Adapters
+
+    def __init__(self, options: OptionsT, *, budget: Budget, max_rank: int) -> None:
+        self.options = options
+        self.budget = budget
+        self.max_rank = max_rank
+
+    # Before training -------------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, settings: AdapterSettings) -> Adapters:
+        """Put adapters into the model: the ranks of :meth:`initial_plan`, the gates of :meth:`make_gate`."""
+        from autolora.adapters import attach, find_sites, largest_plan
+
+        self.largest = largest_plan(find_sites(model, settings), settings, self.max_rank)
+        self.allowance = self.budget.resolve(self.largest)
+        self.adapters = attach(model, settings, self.initial_plan(), self.make_gate)
+        return self.adapters
+
+    def initial_plan(self) -> RankPlan:
+        """Ranks at the start of training; the largest plan by default."""
+        return self.largest
+
+    def make_gate(self, name: str, rank: int) -> Gate:
+        """The gate of one module at the start; all ones by default."""
+        from autolora.adapters import FixedGate
+
+        return FixedGate(rank)
+
+    def prepare(self, batches: Iterable[Batch], loss_fn: LossFn) -> None:
+        """Look at training data before training; ``batches`` may be endless, so take a few."""
+
+    def param_groups(self, rates: Rates, total_steps: int) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer: ``adapter`` and ``head``, each with its learning rate and decay.
+
+        A group with ``"constant": True`` keeps its learning rate; the others follow the run's schedule.
+        """
+        groups = [
+            {"name": "adapter", "params": self.adapters.adapter_parameters(), **vars(rates.adapter)},
+            {"name": "head", "params": self.adapters.head_parameters(), **vars(rates.head)},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def begin(self, total_steps: int, optimizer: Optimizer) -> None:
+        """Training starts: ``total_steps`` optimizer steps are to come."""
+
+    # During training -------------------------------------------------------------------------------------------------
+
+    def heldout_step(self, batch: Batch, heldout: Batch, loss_fn: LossFn) -> None:
+        """Learn from a held-out batch before the step on ``batch``; called only if ``wants_heldout``."""
+
+    def penalty(self, loss: Tensor) -> Tensor | None:
+        """A regulariser to add to the training loss ``loss``, or ``None``; never part of a loss that is reported."""
+        return None
+
+    def after_backward(self) -> None:
+        """The gradients of a step are complete (all accumulated batches), before clipping and the optimizer's step."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """The optimizer has made its ``step``-th step, counted from 1."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks will not change any more; only then may a checkpoint be chosen."""
+        return True
+
+    def progress(self) -> dict[str, float]:
+        """Numbers worth logging, besides the active plan (a multiplier, for example)."""
+        return {}
+
+    # After training --------------------------------------------------------------------------------------------------
+
+    def finalize(self, evaluate: Evaluate) -> RankPlan:
+        """Settle the plan, within the budget, and fix the gates to 0/1 masks that realise it."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which plan comes out: implement finalize()")
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the strategy needs to go on, besides parameters and gates."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+
+def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Forget moments and step counts of these parameters, as for parameters that are new."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

@@ -1,0 +1,142 @@
+"""A small grammar: templates with inflected slots, and English inflection. No torch.
+
+A template is a ``str.format`` string whose slots may carry an inflection after the colon:
+
+``{thing:a}`` indefinite article, ``{thing:s}`` plural, ``{verb:3}`` third person singular, ``{verb:ed}`` past,
+``{verb:en}`` past participle, ``{verb:ing}`` present participle, ``{name:poss}`` possessive.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+_VOWELS = "aeiou"
+
+_PLURALS = {
+    "child": "children", "fish": "fish", "fox": "foxes", "goose": "geese", "knife": "knives", "loaf": "loaves",
+    "man": "men", "mouse": "mice", "peach": "peaches", "person": "people", "salmon": "salmon", "sheep": "sheep",
+    "shelf": "shelves", "thief": "thieves", "trout": "trout", "wolf": "wolves", "woman": "women",
+}  # fmt: skip
+
+# base form -> (past, past participle)
+_IRREGULAR = {
+    "beat": ("beat", "beaten"), "bite": ("bit", "bitten"), "break": ("broke", "broken"), "bring": ("brought",) * 2,
+    "build": ("built",) * 2, "buy": ("bought",) * 2, "catch": ("caught",) * 2, "choose": ("chose", "chosen"),
+    "draw": ("drew", "drawn"), "drive": ("drove", "driven"), "eat": ("ate", "eaten"), "fall": ("fell", "fallen"),
+    "feed": ("fed",) * 2, "fight": ("fought",) * 2, "find": ("found",) * 2, "forget": ("forgot", "forgotten"),
+    "forgive": ("forgave", "forgiven"), "give": ("gave", "given"), "grow": ("grew", "grown"), "hear": ("heard",) * 2,
+    "hide": ("hid", "hidden"), "hold": ("held",) * 2, "hurt": ("hurt",) * 2, "keep": ("kept",) * 2,
+    "lead": ("led",) * 2, "leave": ("left",) * 2, "lend": ("lent",) * 2, "lose": ("lost",) * 2, "make": ("made",) * 2,
+    "meet": ("met",) * 2, "pay": ("paid",) * 2, "read": ("read",) * 2, "ride": ("rode", "ridden"),
+    "run": ("ran", "run"), "see": ("saw", "seen"), "seek": ("sought",) * 2, "sell": ("sold",) * 2,
+    "send": ("sent",) * 2, "shoot": ("shot",) * 2, "sing": ("sang", "sung"), "sleep": ("slept",) * 2,
+    "steal": ("stole", "stolen"), "swim": ("swam", "swum"), "take": ("took", "taken"), "teach": ("taught",) * 2,
+    "tell": ("told",) * 2, "throw": ("threw", "thrown"), "weep": ("wept",) * 2, "win": ("won",) * 2,
+    "write": ("wrote", "written"),
+}  # fmt: skip
+
+# Stressed final consonant-vowel-consonant verbs, whose consonant doubles.
+_DOUBLING = frozenset({
+    "beg", "chat", "clap", "drop", "forget", "grab", "grin", "hug", "jog", "nod", "pat", "plan", "rob", "run", "scrub",
+    "ship", "shop", "sip", "skip", "slip", "stop", "swim", "trap", "trip", "win", "wrap", "admit", "nap", "hum", "mop",
+    "rub", "pin",
+})  # fmt: skip
+
+
+def article(noun: str) -> str:
+    """The noun with its indefinite article."""
+    silent = noun.startswith(("hour", "honest", "heir"))
+    hard = noun.startswith(("uni", "use", "euro", "one"))
+    return f"an {noun}" if silent or (noun[0] in _VOWELS and not hard) else f"a {noun}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun; of a compound, its last word."""
+    head, _, last = noun.rpartition(" ")
+    if last in _PLURALS:
+        last = _PLURALS[last]
+    elif last.endswith("y") and last[-2] not in _VOWELS:
+        last = last[:-1] + "ies"
+    else:
+        last += "es" if last.endswith(("s", "x", "z", "ch", "sh")) else "s"
+    return f"{head} {last}" if head else last
+
+
+def _first(inflect: Callable[[str], str]) -> Callable[[str], str]:
+    """Apply to the first word only: of "look after", the verb."""
+
+    def apply(verb: str) -> str:
+        head, space, rest = verb.partition(" ")
+        return inflect(head) + space + rest
+
+    return apply
+
+
+def _third(verb: str) -> str:
+    if verb.endswith("y") and verb[-2] not in _VOWELS:
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
+
+
+def _regular_past(verb: str) -> str:
+    if verb in _DOUBLING:
+        return verb + verb[-1] + "ed"
+    if verb.endswith("e"):
+        return verb + "d"
+    if verb.endswith("y") and verb[-2] not in _VOWELS:
+        return verb[:-1] + "ied"
+    return verb + "ed"
+
+
+def _past(verb: str) -> str:
+    return _IRREGULAR[verb][0] if verb in _IRREGULAR else _regular_past(verb)
+
+
+def _participle(verb: str) -> str:
+    return _IRREGULAR[verb][1] if verb in _IRREGULAR else _regular_past(verb)
+
+
+def _progressive(verb: str) -> str:
+    if verb in _DOUBLING:
+        return verb + verb[-1] + "ing"
+    if verb.endswith("e") and not verb.endswith(("ee", "oe", "ye")):
+        return verb[:-1] + "ing"
+    return verb + "ing"
+
+
+_INFLECTIONS: dict[str, Callable[[str], str]] = {
+    "a": article,
+    "s": plural,
+    "3": _first(_third),
+    "ed": _first(_past),
+    "en": _first(_participle),
+    "ing": _first(_progressive),
+    "poss": lambda name: name + "'s",
+}
+
+
+class _Inflector(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return _INFLECTIONS[format_spec](value) if format_spec else str(value)
+
+
+_FORMATTER = _Inflector()
+
+
+def fill(template: str, /, **slots: str) -> str:
+    """The template with its slots filled and inflected."""
+    return _FORMATTER.vformat(template, (), slots)
+
+
+def sentence(text: str) -> str:
+    """Capitalised and closed with a full stop unless it ends in one or in a question mark."""
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".?!" else text + "."
+
+
+def say(rng: Random, templates: Sequence[str], /, **slots: str) -> str:
+    """One of the templates, filled."""
+    return fill(rng.choice(templates), **slots)

@@ -1,0 +1,228 @@
+"""MNLI: families of claims about one small situation, paired by their computed relation. No torch.
+
+Each family draws words, lays out the possible worlds, and gives the premises and hypotheses of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+
+from autolora.tasks.mini.design import CONTRADICTION, ENTAILMENT, NEUTRAL, Claim, Row, Space, inference, latin
+from autolora.tasks.mini.grammar import article, fill, plural, say, sentence
+from autolora.tasks.mini.lexicon import LEXICON, Lexicon
+
+Claims = tuple[list[Claim], list[Claim]]
+Family = Callable[[Lexicon, Random], Claims]
+
+# A frame says when or by whom a claim is made; it changes no relation between claims.
+PREMISE_FRAMES: dict[str, tuple[str, ...]] = {
+    "train": ("{x}", "yesterday {x}", "the radio said that {x}", "{x} this morning"),
+    "dev": ("on Friday {x}", "{x} last week", "the paper reports that {x}"),
+    "dev_mismatched": ("long ago {x}", "the legend says that {x}", "{x} in the old story"),
+}
+HYPOTHESIS_FRAMES: dict[str, tuple[str, ...]] = {
+    "train": ("{x}", "it is clear that {x}", "this means that {x}"),
+    "dev": ("therefore {x}", "in other words, {x}"),
+    "dev_mismatched": ("thus {x}", "so it is known that {x}"),
+}
+_LABELS = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 2}
+
+
+def _state(rng: Random, who: str, verb: str, pair: tuple[str, str], holds: bool) -> str:
+    """That someone is in a state, said by the state's name or by denying its opposite."""
+    named, other = pair if holds else pair[::-1]
+    return say(rng, ("{who} {verb} {named}", "{who} {verb} not {other}"), who=who, verb=verb, named=named, other=other)
+
+
+def polarity(lex: Lexicon, rng: Random) -> Claims:
+    """A state, its opposite, and a state that has nothing to do with it: negation and antonyms."""
+    who = "the " + rng.choice(lex.people)
+    pairs = rng.sample(lex.states, 2)
+    space = Space(2, 2)
+
+    def side() -> list[Claim]:
+        return [
+            space.claim(_state(rng, who, "was", pairs[d], bool(v)), lambda w, d=d, v=v: w[d] == v)  # type: ignore[misc]
+            for d in range(2)
+            for v in range(2)
+        ]
+
+    return side(), side()
+
+
+def quantifiers(lex: Lexicon, rng: Random) -> Claims:
+    """All or none of a group against some or not all of it, in two states: the square of opposition."""
+    group = plural(rng.choice(lex.people))
+    states = [rng.choice(pair) for pair in rng.sample(lex.states, 2)]
+    space = Space(3, 3)  # of each state: none, some, or all of the group are in it
+    strong = (
+        ("no {g} were {p}", "none of the {g} were {p}"),
+        ("all of the {g} were {p}", "every one of the {g} was {p}"),
+    )
+    weak = (
+        ("not all of the {g} were {p}", "some of the {g} were not {p}"),
+        ("some of the {g} were {p}", "at least one of the {g} was {p}"),
+    )
+    premises, hypotheses = [], []
+    for d, state in enumerate(states):
+        for v in range(2):
+            premises.append(space.claim(say(rng, strong[v], g=group, p=state), lambda w, d=d, v=v: w[d] == 2 * v))  # type: ignore[misc]
+            hypotheses.append(space.claim(say(rng, weak[v], g=group, p=state), lambda w, d=d, v=v: w[d] in (v, v + 1)))  # type: ignore[misc]
+    return premises, hypotheses
+
+
+def order(lex: Lexicon, rng: Random) -> Claims:
+    """Two people on two scales, named by either end of the scale: word order and antonyms."""
+    first, second = rng.sample(lex.women + lex.men, 2)
+    pairs = rng.sample(lex.orders, 2)
+    space = Space(2, 2)
+
+    def text(pair: tuple[str, str], holds: int) -> str:
+        more, less = (first, second) if holds else (second, first)
+        return say(rng, (f"{more} was {pair[0]} than {less}", f"{less} was {pair[1]} than {more}"))
+
+    def side() -> list[Claim]:
+        return [space.claim(text(pairs[d], v), lambda w, d=d, v=v: w[d] == v) for d in range(2) for v in range(2)]  # type: ignore[misc]
+
+    return side(), side()
+
+
+def roles(lex: Lexicon, rng: Random) -> Claims:
+    """Who did it to whom, in either voice, affirmed or denied."""
+    first, second = ("the " + person for person in rng.sample(lex.people, 2))
+    verb = rng.choice(lex.acts)
+    space = Space(2, 2)
+    forms = (
+        ("{a} did not {verb} {b}", "{b} was not {verb:en} by {a}"),
+        ("{a} {verb:ed} {b}", "{b} was {verb:en} by {a}"),
+    )
+
+    def text(direction: int, holds: int) -> str:
+        a, b = (first, second) if direction else (second, first)
+        return say(rng, forms[holds], a=a, b=b, verb=verb)
+
+    def side() -> list[Claim]:
+        return [space.claim(text(d, v), lambda w, d=d, v=v: w[d] == v) for d in range(2) for v in range(2)]  # type: ignore[misc]
+
+    return side(), side()
+
+
+Extent = tuple[dict[str, str], tuple[int, ...]]
+
+
+def _existence(rng: Random, extents: Sequence[Extent], yes: Sequence[str], no: Sequence[str], **slots: str) -> Claims:
+    """Affirmed and denied existence of four things: two narrow ones, a broad one that covers both, an unrelated one."""
+    space = Space(2, 2, 2, 2)
+
+    def side() -> list[Claim]:
+        claims = []
+        for extra, parts in extents:
+            words = {**slots, **extra}
+            claims.append(space.claim(say(rng, yes, **words), lambda w, v=parts: any(w[i] for i in v)))  # type: ignore[misc]
+            claims.append(space.claim(say(rng, no, **words), lambda w, v=parts: not any(w[i] for i in v)))  # type: ignore[misc]
+        return claims
+
+    return side(), side()
+
+
+_DEALT = ("{who} {verb:ed} {x:a}", "{x:a} was {verb:en} by {who}")
+_NOT_DEALT = ("{who} {verb:ed} no {x}", "{who} did not {verb} any {x}", "no {x} was {verb:en} by {who}")
+
+
+def kinds(lex: Lexicon, rng: Random) -> Claims:
+    """What someone did with a thing, with a thing of its kind, or with none: hypernyms under negation."""
+    hypernym, members = rng.choice(lex.kinds)
+    one, two = rng.sample(members, 2)
+    verb, other = rng.sample(lex.dealings, 2)
+    extents: tuple[Extent, ...] = (
+        ({"x": one}, (0,)),
+        ({"x": two}, (1,)),
+        ({"x": hypernym}, (0, 1, 2)),
+        ({"x": rng.choice((one, hypernym)), "verb": other}, (3,)),
+    )
+    return _existence(rng, extents, _DEALT, _NOT_DEALT, who=rng.choice(lex.women + lex.men), verb=verb)
+
+
+def modifiers(lex: Lexicon, rng: Random) -> Claims:
+    """A described thing against the bare thing: adjectives that narrow down, under negation."""
+    thing = rng.choice(rng.choice(lex.kinds)[1])
+    one, two = rng.sample(lex.looks, 2)
+    verb, other = rng.sample(lex.dealings, 2)
+    extents: tuple[Extent, ...] = (
+        ({"x": f"{one} {thing}"}, (0,)),
+        ({"x": f"{two} {thing}"}, (1,)),
+        ({"x": thing}, (0, 1, 2)),
+        ({"x": rng.choice((thing, f"{one} {thing}")), "verb": other}, (3,)),
+    )
+    return _existence(rng, extents, _DEALT, _NOT_DEALT, who="the " + rng.choice(lex.people), verb=verb)
+
+
+def places(lex: Lexicon, rng: Random) -> Claims:
+    """What someone did, where: a place narrows down what is affirmed and weakens what is denied."""
+    deed, other = rng.sample(lex.deeds, 2)
+    one, two = rng.sample(lex.places, 2)
+    extents: tuple[Extent, ...] = (
+        ({"x": f"{deed} in the {one}"}, (0,)),
+        ({"x": f"{deed} in the {two}"}, (1,)),
+        ({"x": deed}, (0, 1, 2)),
+        ({"x": f"{other} in the {one}"}, (3,)),
+    )
+    yes, no = ("{who} {x:ed}",), ("{who} did not {x}", "{who} never {x:ed}")
+    return _existence(rng, extents, yes, no, who=rng.choice(lex.women + lex.men))
+
+
+def persons(lex: Lexicon, rng: Random) -> Claims:
+    """Whether a nurse, a baker, or anybody did something."""
+    one, two = rng.sample(lex.people, 2)
+    deed, other = rng.sample(lex.deeds, 2)
+    place = rng.choice(lex.places)
+    space = Space(2, 2, 2, 2)
+    extents = (
+        (article(one), f"no {one}", deed, (0,)),
+        (article(two), f"no {two}", deed, (1,)),
+        (rng.choice(("somebody", "someone")), rng.choice(("nobody", "no one")), deed, (0, 1, 2)),
+        (article(one), f"no {one}", other, (3,)),
+    )
+
+    def side() -> list[Claim]:
+        claims = []
+        for some, none, verb, parts in extents:
+            yes = say(rng, ("{x} {v:ed} in the {p}", "in the {p} {x} {v:ed}"), x=some, v=verb, p=place)
+            no = say(rng, ("{x} {v:ed} in the {p}", "in the {p} {x} {v:ed}"), x=none, v=verb, p=place)
+            claims.append(space.claim(yes, lambda w, v=parts: any(w[i] for i in v)))  # type: ignore[misc]
+            claims.append(space.claim(no, lambda w, v=parts: not any(w[i] for i in v)))  # type: ignore[misc]
+        return claims
+
+    return side(), side()
+
+
+FAMILIES: tuple[Family, ...] = (
+    kinds,
+    modifiers,
+    kinds,
+    places,
+    persons,
+    quantifiers,
+    modifiers,
+    quantifiers,
+    polarity,
+    order,
+    roles,
+)
+
+
+def mnli(split: str, rng: Random) -> Iterator[list[Row]]:
+    """Blocks of MNLI rows without end, the families in turn."""
+    lexicon = LEXICON[split]
+    while True:
+        for family in FAMILIES:
+            premises, hypotheses = family(lexicon, rng)
+            premises = _framed(premises, rng.choice(PREMISE_FRAMES[split]))
+            hypotheses = _framed(hypotheses, rng.choice(HYPOTHESIS_FRAMES[split]))
+            rows = latin(premises, hypotheses, lambda p, h: _LABELS[inference(p, h)], 3, rng)
+            yield [Row(a, b, label, family.__name__) for a, b, label in rows]
+
+
+def _framed(claims: Sequence[Claim], frame: str) -> list[Claim]:
+    return [Claim(sentence(fill(frame, x=claim.text)), claim.worlds) for claim in claims]

@@ -1,0 +1,135 @@
+"""Train one configuration, or a sweep: ``python -m autolora.train key=value ...``; ``--help`` says more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autolora.errors import AutoLoRAError, ConfigError
+from autolora.paths import config_root
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_HELP = """\
+usage: {program} [-m] [--config-dir DIR] [group=choice ...] [key=value ...]
+
+Learn the ranks of LoRA adapters on a task, within a budget of parameters, and write a run directory under ./runs.
+
+Groups and their choices:
+{groups}
+
+Keys that are used most (every key and its default: --cfg job):
+  budget.rank=4        as many parameters as uniform rank 4; or budget.params=300000, budget.fraction=0.25
+  max_rank=16          components of every adapter before selection
+  data.source=auto     auto, local (with data.dir=DIR), hub, mini (embedded)
+  data.max_train=N     use only so many training rows
+  backbone.path=DIR    a folder with the model; backbone.id=ORG/NAME for any other model of the hub
+  trainer.max_epochs=3, trainer.max_steps=N, trainer.<argument of lightning's Trainer>=...
+  seed=0, run_root=runs, force=true (run again what is complete)
+
+Examples:
+  {program} strategy=autolora task=mnli data.source=mini
+  {program} task=mrpc data.source=local data.dir=DIR budget.rank=2
+  {program} -m task=sst2,mrpc strategy=uniform,autolora seed=0,1,2
+
+-m runs every combination of values separated by commas. --config-dir DIR adds groups and choices of your own.
+Exit codes: 0 done, 1 a run failed, 2 the configuration is wrong. Hydra's own options: --hydra-help.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the command line, then run it.
+
+    Args:
+        argv: arguments in place of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: 1 if a run fails with an error that the user can mend, 2 if the configuration is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(_help(arguments), end="")
+        return
+    from autolora.compose import check_command_line
+
+    try:
+        arguments = check_command_line(arguments)
+    except ConfigError as error:
+        _complain(error)
+        sys.exit(2)
+    code = _execute(arguments)
+    if code:
+        sys.exit(code)
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    """Hand the command line to Hydra, which calls the job once, or once for each cell of a sweep."""
+    import hydra
+
+    from autolora.compose import VERSION_BASE
+
+    failures: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            _run(cfg)
+        except AutoLoRAError as error:
+            _complain(error)
+            failures.append(2 if isinstance(error, ConfigError) else 1)
+
+    # Hydra shortens tracebacks; what is not an error for the user is one for us, and is shown whole.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        hydra.main(config_path=str(config_root()), config_name="config", version_base=VERSION_BASE)(job)()
+    finally:
+        sys.argv = before
+    return max(failures, default=0)
+
+
+def _run(cfg: DictConfig) -> None:
+    from autolora.compose import plain_tree
+    from autolora.validate import require
+
+    config = require(plain_tree(cfg))
+    from autolora.run import run_one
+
+    result, directory = run_one(config)
+    from autolora.reporting.summary import print_summary
+
+    print_summary(result, directory)
+
+
+def _complain(error: AutoLoRAError) -> None:
+    lines = str(error).splitlines()
+    if isinstance(error, ConfigError) and len(lines) > 1:
+        print(f"error: {len(lines)} faults in the configuration", *lines, sep="\n  ", file=sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _help(arguments: Sequence[str]) -> str:
+    """The help text, with the choices that the configuration folders hold."""
+    roots = [config_root(), *map(Path, _values_of("--config-dir", arguments))]
+    choices: dict[str, list[str]] = {}
+    for root in roots:
+        for file in sorted(root.glob("*/*.yaml")):
+            choices.setdefault(file.parent.name, []).append(file.stem)
+    groups = "\n".join(f"  {group:<11} {', '.join(names)}" for group, names in choices.items())
+    program = "autolora-train" if Path(sys.argv[0]).name == "autolora-train" else "python -m autolora.train"
+    return _HELP.format(program=program, groups=groups)
+
+
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """Values of an option that is written ``--option VALUE`` or ``--option=VALUE``."""
+    joined = [part.partition("=")[2] for part in arguments if part.startswith(option + "=")]
+    return joined + [value for part, value in pairwise(arguments) if part == option]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What happens beside the training step: records, the progress bar, and choices on the held-out slice."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from autolora.training.module import AdapterModule
+
+
+class History(pl.Callback):
+    """Writes ``history.csv``: a row every ``every`` steps, flushed at once, and the same numbers to the logger.
+
+    Columns: step, epoch, seconds since the start, mean training loss since the last row, held-out score (where one was
+    just measured), parameters and components that are active, learning rates, what the strategy reports, and the rank
+    of every module.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self.latest: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+        self._written_at = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file."""
+        self._started = time.perf_counter()
+        self._file = self.path.open("w", newline="")
+        self._writer: csv.DictWriter[str] | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the loss, and write a row when one is due."""
+        assert isinstance(pl_module, AdapterModule)
+        if pl_module.last_loss is not None:
+            self._losses.append(pl_module.last_loss)
+        due = pl_module.steps_done % self.every == 0 or pl_module.steps_done == 1
+        if due and pl_module.steps_done != self._written_at:
+            self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A row for every measurement on the held-out slice."""
+        assert isinstance(pl_module, AdapterModule)
+        if pl_module.steps_done:
+            self._write(trainer, pl_module, float(trainer.callback_metrics["heldout"]))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the file, also after a failure."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def _write(self, trainer: pl.Trainer, module: AdapterModule, heldout: float | None = None) -> None:
+        plan = module.strategy.adapters.active_plan()
+        rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
+        row: dict[str, Any] = {
+            "step": module.steps_done,
+            "epoch": trainer.current_epoch,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "loss": torch.stack(self._losses).mean().item() if self._losses else None,
+            "heldout": heldout,
+            "active_params": plan.params,
+            "active_components": plan.components,
+            **rates,
+            **module.strategy.progress(),
+        }
+        self._losses, self._written_at = [], module.steps_done
+        self.latest = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=module.steps_done)
+        row |= {f"rank:{name}": rank for name, rank in plan.items()}
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, fieldnames=list(row))
+            self._writer.writeheader()
+        self._writer.writerow(row)
+        self._file.flush()
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the loss, the active ranks and the budget."""
+
+    def __init__(self, history: History, budget: int | None, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.history, self.budget = history, budget
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What stands at the right end of the bar."""
+        latest = self.history.latest
+        if not latest:
+            return {}
+        active = f"{latest['active_params']:,.0f}" + (f"/{self.budget:,}" if self.budget is not None else "")
+        shown: dict[str, int | str | float | dict[str, float]] = {
+            "ranks": int(latest["active_components"]),
+            "params": active,
+        }
+        return ({"loss": f"{latest['loss']:.3g}"} if "loss" in latest else {}) | shown
+
+
+class HeldoutChoice(pl.Callback):
+    """Keeps the best state on the held-out slice, and stops when there is no progress.
+
+    Both look only at states whose ranks are settled: an earlier one may be better because it is larger.
+
+    Args:
+        keep_best: keep a copy of the best state for :meth:`restore`.
+        patience: measurements without improvement before training stops; never by default.
+    """
+
+    def __init__(self, *, keep_best: bool, patience: int | None) -> None:
+        self.keep_best, self.patience = keep_best, patience
+        self.best = float("-inf")
+        self.state: dict[str, Tensor] | None = None
+        self._waited = 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare with the best so far."""
+        assert isinstance(pl_module, AdapterModule)
+        if not pl_module.strategy.settled:
+            return
+        score = float(trainer.callback_metrics["heldout"])
+        if score > self.best:
+            self.best, self._waited = score, 0
+            if self.keep_best:
+                self.state = pl_module.strategy.adapters.trainable_state()
+            return
+        self._waited += 1
+        trainer.should_stop = self.patience is not None and self._waited >= self.patience
+
+    def restore(self, module: AdapterModule) -> None:
+        """Put the best state back, if one was kept."""
+        if self.state is not None:
+            module.strategy.adapters.load_trainable_state(self.state)

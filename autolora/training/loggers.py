@@ -1,0 +1,102 @@
+"""Weights & Biases, offline unless the user wants otherwise."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
+
+
+def wandb_mode(mode: str) -> str:
+    """``online`` only if the user asks for it and is logged in; ``auto`` is offline.
+
+    The environment variable ``WANDB_MODE`` counts as asking.
+    """
+    asked = os.environ.get("WANDB_MODE", "offline") if mode == "auto" else mode
+    if asked != "online":
+        return asked
+    import wandb
+
+    if wandb.api.api_key:
+        return "online"
+    warnings.warn(
+        "logger.mode=online: not logged in to W&B, so this run is kept offline; `wandb login` first", stacklevel=2
+    )
+    return "offline"
+
+
+class WandbRun:
+    """A W&B run that is always finished, also after a failure: use it as a context.
+
+    Args:
+        directory: the run directory; files go to its ``wandb/``.
+        name: of the run.
+        settings: project, entity, mode, group and tags.
+        config: the run's configuration.
+    """
+
+    def __init__(self, directory: Path, name: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        self.directory, self.name, self.settings, self.config = directory, name, settings, config
+        self.logger: WandbLogger | None = None
+
+    def __enter__(self) -> WandbRun:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self.logger = WandbLogger(
+            name=self.name,
+            save_dir=self.directory,
+            project=self.settings["project"],
+            entity=self.settings["entity"],
+            group=self.settings["group"],
+            tags=list(self.settings["tags"]),
+            mode=wandb_mode(self.settings["mode"]),
+            config=dict(self.config),
+            settings=wandb.Settings(console="off"),
+        )
+        self.logger.experiment  # noqa: B018  starts the run
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        import wandb
+
+        wandb.finish(exit_code=0 if kind is None else 1)
+
+    def finish_with(self, summary: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+        """Log final numbers, the ranks as a table, and a role × depth heat map."""
+        import wandb
+
+        assert self.logger is not None
+        run = self.logger.experiment
+        run.summary.update(dict(summary))
+        table = wandb.Table(columns=["module", "rank"], data=[[name, rank] for name, rank in ranks.items()])
+        figure = rank_heatmap(ranks)
+        run.log({"ranks": table, "rank_heatmap": wandb.Image(figure)})
+
+
+def rank_heatmap(ranks: Mapping[str, int]) -> Any:
+    """A matplotlib figure: one row per role, one column per depth."""
+    from matplotlib.figure import Figure
+
+    from autolora.roles import rank_grid
+
+    roles, depths, cells = rank_grid(ranks)
+    grid = [[cells.get((role, depth), float("nan")) for depth in depths] for role in roles]
+    figure = Figure(figsize=(1.5 + 0.6 * len(depths), 1 + 0.4 * len(roles)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(depths)), ["-" if depth is None else str(depth) for depth in depths])
+    axes.set_yticks(range(len(roles)), [role.value for role in roles])
+    axes.set_xlabel("depth")
+    for y, row in enumerate(grid):
+        for x, rank in enumerate(row):
+            if rank == rank:  # not NaN
+                axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white", fontsize=8)
+    figure.colorbar(image, label="rank")
+    return figure

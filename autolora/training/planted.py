@@ -1,0 +1,120 @@
+"""The planted regression as a problem to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from autolora.plan import Budget, RankPlan
+from autolora.strategies.base import Batch
+from autolora.tasks.planted import TeacherStudent
+from autolora.training.problem import Outputs, Problem, Scores
+
+
+class FreshBatches(IterableDataset[Batch]):
+    """An endless stream of fresh batches, the same for every strategy with the same seed."""
+
+    def __init__(self, pair: TeacherStudent, batch_size: int, seed: int) -> None:
+        self.pair, self.batch_size, self.seed = pair, batch_size, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield self.pair.batch(self.batch_size, generator)
+
+
+class FreshData(LightningDataModule):
+    """Fresh batches to fit, and fixed rows to validate."""
+
+    def __init__(self, fresh: FreshBatches, heldout: Batch) -> None:
+        super().__init__()
+        self.fresh, self.heldout = fresh, heldout
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """An epoch without an end."""
+        return DataLoader(self.fresh, batch_size=None)
+
+    def val_dataloader(self) -> list[Batch]:
+        """One batch."""
+        return [self.heldout]
+
+
+class PlantedRegression(Problem):
+    """Fit a teacher whose update has known ranks; see :mod:`autolora.tasks.planted`.
+
+    The metric is the excess error: the student's mean squared error on noise-free targets, divided by what it is
+    without adapters. 0 is perfect, 1 is no better than no adapter.
+
+    Args:
+        pair: teacher and student.
+        fingerprint: identifies the configuration that made the pair.
+        batch_size: fresh rows a step.
+        eval_size: rows of the held-out and of the dev split.
+        seed: of the inputs.
+    """
+
+    name = "planted"
+    data_source = "planted"
+    backbone = "none"
+    threads = 1  # the matrices are small: more threads wait for each other longer than they work
+
+    def __init__(self, pair: TeacherStudent, *, fingerprint: str, batch_size: int, eval_size: int, seed: int) -> None:
+        self.pair = pair
+        self.data_fingerprint = fingerprint
+        self.batch_size, self.eval_size, self.seed = batch_size, eval_size, seed
+        self.default_budget = Budget(params=pair.true_plan.params)
+
+    def build(self) -> None:
+        """Take the student, and measure what it is worth without adapters."""
+        self.model = self.pair.student
+        self.datamodule = FreshData(FreshBatches(self.pair, self.batch_size, self.seed), self._rows("heldout"))
+        with torch.no_grad():
+            batch = self._rows("dev")
+            self.bare_error = float(F.mse_loss(self.model(batch["inputs"]), batch["labels"]))
+
+    @property
+    def true_plan(self) -> RankPlan:
+        """The planted ranks."""
+        return self.pair.true_plan
+
+    def heldout_batches(self) -> Iterable[Batch]:
+        """Fresh batches that training does not see."""
+        return FreshBatches(self.pair, self.batch_size, self.seed + 3)
+
+    def eval_batches(self, split: str) -> Iterable[Batch]:
+        """One batch of fixed rows, without noise."""
+        return [self._rows(split)]
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the student says, shape ``(batch, dim)``."""
+        return model(batch["inputs"])
+
+    def criterion(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(outputs, labels)
+
+    def scores(self, outputs: dict[str, Outputs]) -> Scores:
+        """Excess error and mean squared error of the first split."""
+        first = next(iter(outputs.values()))
+        error = float(F.mse_loss(first.logits, first.labels))
+        excess = error / self.bare_error if self.bare_error else None
+        notes = [] if excess is not None else ["nothing is planted: the excess error is undefined"]
+        return Scores(
+            "excess_error", excess, {"excess_error": excess, "mse": error}, higher_is_better=False, notes=notes
+        )
+
+    def predictions(self, outputs: Outputs) -> list[float]:
+        """The mean squared error of each row."""
+        return (outputs.logits - outputs.labels).square().mean(1).tolist()
+
+    def _rows(self, split: str) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed + {"heldout": 1, "dev": 2}[split])
+        dim = next(iter(self.true_plan.sites.values())).in_features
+        with torch.no_grad():
+            inputs = torch.randn(self.eval_size, dim, generator=generator)
+            return {"inputs": inputs, "labels": self.pair.teacher(inputs), "index": torch.arange(self.eval_size)}

@@ -1,0 +1,133 @@
+"""A GLUE task with a pretrained encoder, as a problem to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autolora.backbones import load_backbone
+from autolora.plan import Budget
+from autolora.strategies.base import Batch
+from autolora.tasks.glue import GlueTask
+from autolora.tasks.metrics import compute
+from autolora.tasks.records import Split
+from autolora.training.data import HELDOUT, TextDataModule
+from autolora.training.problem import Outputs, Problem, Scores
+
+if TYPE_CHECKING:
+    from autolora.backbones import Backbone
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How rows become batches; see :class:`autolora.training.data.TextDataModule`."""
+
+    batch_size: int
+    eval_batch_size: int
+    max_length: int
+    num_workers: int
+    cache_dir: Path
+    data_seed: int
+    head_seed: int
+
+
+class TextProblem(Problem):
+    """Fine-tune a sequence classifier.
+
+    Args:
+        task: the row of the GLUE table.
+        splits: ``fit``, ``heldout``, ``dev`` and the task's further dev splits.
+        source, fingerprint: where the rows came from, and their hash.
+        backbone: arguments of :func:`autolora.backbones.load_backbone`: name, id, path.
+        settings: batches and seeds.
+    """
+
+    default_budget = Budget(rank=4)
+
+    def __init__(
+        self,
+        task: GlueTask,
+        splits: Mapping[str, Split],
+        *,
+        source: str,
+        fingerprint: str,
+        backbone: Mapping[str, Any],
+        settings: TextSettings,
+    ) -> None:
+        self.task = task
+        self.name = task.name
+        self.splits = dict(splits)
+        self.data_source, self.data_fingerprint = source, fingerprint
+        self.backbone = str(backbone["id"] or backbone["path"] or backbone["name"])
+        self.dev_splits = ("dev", *task.extra_dev)
+        self.settings = settings
+        self._backbone_arguments = dict(backbone)
+
+    def build(self) -> None:
+        """Load the pretrained model and make the batches."""
+        settings = self.settings
+        self.pretrained: Backbone = load_backbone(
+            **self._backbone_arguments,
+            num_labels=self.task.num_labels,
+            problem_type="regression" if self.task.regression else "single_label_classification",
+            head_seed=settings.head_seed,
+        )
+        self.model = self.pretrained.model
+        self.datamodule: TextDataModule = TextDataModule(
+            self.splits,
+            self.pretrained.tokenizer,
+            batch_size=settings.batch_size,
+            eval_batch_size=settings.eval_batch_size,
+            max_length=settings.max_length,
+            seed=settings.data_seed,
+            num_workers=settings.num_workers,
+            cache_dir=settings.cache_dir,
+            regression=self.task.regression,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """How many rows were cut."""
+        cut = self.datamodule.truncated
+        return (
+            [f"{cut} rows were longer than data.max_length={self.settings.max_length} tokens and are cut"]
+            if cut
+            else []
+        )
+
+    def ids(self, split: str, rows: int) -> list[int]:
+        """The rows' identifiers in their file."""
+        return self.splits[split].ids
+
+    def heldout_batches(self) -> Iterable[Batch]:
+        """Shuffled batches of the held-out slice."""
+        return self.datamodule.shuffled_loader(HELDOUT)
+
+    def eval_batches(self, split: str) -> Iterable[Batch]:
+        """Every row of the split once, sorted by length."""
+        return self.datamodule.ordered_loader(split)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits in float32, shape ``(batch, labels)``."""
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
+        return model(**inputs).logits.float()
+
+    def criterion(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, or mean squared error for scores."""
+        return F.mse_loss(outputs[:, 0], labels) if self.task.regression else F.cross_entropy(outputs, labels)
+
+    def scores(self, outputs: dict[str, Outputs]) -> Scores:
+        """GLUE's metrics; those of splits after the first carry the split's name."""
+        values: dict[str, float | None] = {}
+        notes: list[str] = []
+        for i, (split, output) in enumerate(outputs.items()):
+            result = compute(self.task, self.predictions(output), output.labels.tolist())
+            prefix = "" if i == 0 else f"{split}/"
+            values |= {prefix + name: value for name, value in result.values.items()}
+            notes += [f"{split}: {note}" for note in result.notes]
+        return Scores(self.task.primary, values[self.task.primary], values, notes=notes)
