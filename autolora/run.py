@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import GlueTaskConfig, PlantedConfig, RunConfig, WandbConfig
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from autolora.training.problem import Outputs, Problem, Scores
 
 
-def run_one(cfg: RunConfig) -> tuple[RunResult, Path]:
-    """Train, select, evaluate and record one configuration; gives the result and the run directory.
+def run_one(cfg: RunConfig) -> RunResult:
+    """Train, select, evaluate and record one configuration.
 
     A configuration that is complete under ``cfg.run_root`` is not run again, unless ``cfg.force``.
 
@@ -34,7 +33,7 @@ def run_one(cfg: RunConfig) -> tuple[RunResult, Path]:
     directory = RunDirectory.of(cfg, problem.data_source, problem.data_fingerprint)
     if directory.is_complete() and not cfg.force:
         print(f"complete already: {directory.path} (force=true runs it again)")
-        return directory.read_result(), directory.path
+        return directory.read_result()
     directory.start(cfg)
 
     import lightning.pytorch as pl
@@ -86,7 +85,7 @@ def run_one(cfg: RunConfig) -> tuple[RunResult, Path]:
         directory.write_ranks(plan)
         directory.write_predictions(*prediction_rows(problem, outputs))
         directory.write_result(result)
-    return result, directory.path
+    return result
 
 
 # The parts, from the configuration -----------------------------------------------------------------------------------
@@ -309,10 +308,8 @@ def budget_notes(plan: RankPlan, allowance: int | None) -> list[str]:
     """A note where the plan leaves more than 2 % of the budget unspent."""
     if not allowance or plan.params >= 0.98 * allowance:
         return []
-    cheapest = min(site.cost for site in plan.sites.values())
-    return [
-        f"{allowance - plan.params:,} of the budget of {allowance:,} are unspent; the cheapest component costs {cheapest:,}"
-    ]
+    unspent, cheapest = allowance - plan.params, min(site.cost for site in plan.sites.values())
+    return [f"{unspent:,} of the budget of {allowance:,} are unspent; the cheapest component costs {cheapest:,}"]
 
 
 def prediction_rows(problem: Problem, outputs: dict[str, Outputs]) -> tuple[list[str], Iterator[list[object]]]:

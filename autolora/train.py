@@ -99,10 +99,11 @@ def _run(cfg: DictConfig) -> None:
     config = require(plain_tree(cfg))
     from autolora.run import run_one
 
-    result, directory = run_one(config)
+    result = run_one(config)
     from autolora.reporting.summary import print_summary
+    from autolora.results import RunDirectory
 
-    print_summary(result, directory)
+    print_summary(result, RunDirectory.of(config, result.data_source, result.data_fingerprint).path)
 
 
 def _complain(error: AutoLoRAError) -> None:

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +32,11 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
 
 def install(monkeypatch: pytest.MonkeyPatch, run_one: Callable[[RunConfig], Any]) -> None:
     module = types.ModuleType("autolora.run")
-    module.run_one = run_one  # type: ignore[attr-defined]
+    result = SimpleNamespace(data_source="mini", data_fingerprint="0")
+    module.run_one = lambda cfg: run_one(cfg) or result  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "autolora.run", module)
+    monkeypatch.setattr("autolora.reporting.summary.print_summary", lambda result, directory: None)
+    monkeypatch.setattr("autolora.results.RunDirectory.of", lambda *identity: SimpleNamespace(path=None))
 
 
 def exit_code(*argv: str) -> int:

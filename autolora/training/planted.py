@@ -39,9 +39,9 @@ class FreshData(LightningDataModule):
         """An epoch without an end."""
         return DataLoader(self.fresh, batch_size=None)
 
-    def val_dataloader(self) -> list[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """One batch."""
-        return [self.heldout]
+        return DataLoader([self.heldout], batch_size=None)  # type: ignore[arg-type]
 
 
 class PlantedRegression(Problem):

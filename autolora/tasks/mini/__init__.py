@@ -6,10 +6,11 @@ from random import Random
 
 from autolora.tasks.mini.design import Row, collect
 from autolora.tasks.mini.inference import mnli
+from autolora.tasks.mini.paraphrase import mrpc, qqp, stsb
 from autolora.tasks.records import Split
 
 _SIZES = {"train": 4000, "dev": 800, "dev_mismatched": 800}
-_TASKS = {"mnli": mnli}
+_TASKS = {"mnli": mnli, "mrpc": mrpc, "qqp": qqp, "stsb": stsb}
 
 
 def _rows(task: str, split: str, seed: int) -> list[Row]:
@@ -23,4 +24,4 @@ def families_of(task, split, seed=0):
 
 def generate(task: str, split: str, seed: int = 0) -> Split:
     rows = _rows(task, split, seed)
-    return Split([r.text_a for r in rows], [r.text_b for r in rows], [r.label for r in rows], list(range(len(rows))))
+    return Split([r.text_a for r in rows], None if rows[0].text_b is None else [r.text_b for r in rows], [r.label for r in rows], list(range(len(rows))))

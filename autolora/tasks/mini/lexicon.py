@@ -13,7 +13,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.replace("_", " ") for word in text.split())
 
 
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+def pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs written ``first/second``, separated by blanks; an underscore stands for a blank."""
     halves = (word.split("/") for word in _words(text))
     return tuple((first, second) for first, second in halves)
 
@@ -73,12 +74,12 @@ _TRAIN = Lexicon(
         building: house barn church hotel castle
         """
     ),
-    states=_pairs(
+    states=pairs(
         "awake/asleep present/absent guilty/innocent employed/unemployed sick/healthy drunk/sober married/single "
         "indoors/outdoors alive/dead lucky/unlucky seated/standing honest/dishonest calm/nervous clean/dirty "
         "right/wrong happy/unhappy polite/rude awake/asleep busy/idle brave/cowardly careful/careless"
     ),
-    orders=_pairs(
+    orders=pairs(
         "taller/shorter older/younger richer/poorer faster/slower heavier/lighter smarter/dumber happier/sadder "
         "busier/lazier kinder/meaner cleaner/dirtier"
     ),
@@ -108,11 +109,11 @@ _DEV = Lexicon(
         boat: canoe ferry yacht raft
         """
     ),
-    states=_pairs(
+    states=pairs(
         "visible/hidden wet/dry loyal/disloyal safe/unsafe rich/poor patient/impatient armed/unarmed early/late "
         "tidy/untidy upstairs/downstairs"
     ),
-    orders=_pairs("stronger/weaker bigger/smaller louder/quieter thinner/fatter"),
+    orders=pairs("stronger/weaker bigger/smaller louder/quieter thinner/fatter"),
     acts=_words("criticize rescue kidnap photograph congratulate fire arrest cheat bite defend tickle imitate"),
     deeds=_words("sneeze whistle yawn faint retire jump stumble protest"),
     dealings=_words("rent draw inherit throw damage collect"),
@@ -134,11 +135,11 @@ _MISMATCHED = Lexicon(
         coin: penny florin ducat shilling
         """
     ),
-    states=_pairs(
+    states=pairs(
         "mortal/immortal free/imprisoned friendly/hostile wild/tame famous/unknown wise/foolish merciful/merciless "
         "blessed/cursed"
     ),
-    orders=_pairs("braver/more_cowardly wiser/more_foolish nobler/baser mightier/feebler"),
+    orders=pairs("braver/more_cowardly wiser/more_foolish nobler/baser mightier/feebler"),
     acts=_words("bewitch betray banish worship curse capture serve wound deceive crown"),
     deeds=_words("weep kneel vanish feast rejoice awaken"),
     dealings=_words("forge bury guard sharpen seek"),

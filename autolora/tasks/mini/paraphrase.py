@@ -1,0 +1,195 @@
+"""MRPC, QQP and STS-B: the same content in other words, or other content in much the same words. No torch.
+
+A scheme is a frame in two wordings, left and right, whose slots are filled from pairs of synonyms: one of the pair on
+the left, the other on the right, so that agreement does not show in common words. Content is a tuple of bits, one for
+each contrast (which of two values fills a slot, or who plays which of two roles); two sentences mean the same if and
+only if their bits are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+
+from autolora.tasks.mini.design import Claim, Row, latin
+from autolora.tasks.mini.grammar import fill, sentence
+from autolora.tasks.mini.synonyms import SYNONYMS, Pairs, Synonyms
+
+Slots = dict[str, str]
+Value = tuple[Slots, Slots]  # what fills the left wording, what fills the right one
+Contrast = tuple[Value, Value]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A frame in two wordings.
+
+    Attributes:
+        left, right: templates.
+        vary: slot -> word list, two entries of which contrast.
+        fixed: slot -> word list, one entry of which is common to the block.
+        swap: word list of the two parties ``a`` and ``b``, whose roles contrast; none if empty.
+    """
+
+    left: str
+    right: str
+    vary: Slots
+    fixed: Slots
+    swap: str = ""
+
+
+def _scheme(left: str, right: str, vary: str = "", fixed: str = "", swap: str = "") -> Scheme:
+    """``vary`` and ``fixed`` are written as "slot=list slot=list"."""
+    varying, constant = (dict(item.split("=", 1) for item in text.split()) for text in (vary, fixed))
+    return Scheme(left, right, varying, constant, swap)
+
+
+STATEMENTS: dict[str, tuple[Scheme, ...]] = {
+    "train": (
+        _scheme("the {p} {v:ed} the {t} near the {l}", "near the {l}, the {t} was {v:en} by the {p}",
+                "p=people v=handlings t=things l=places"),
+        _scheme("the {a} {v:ed} the {b}", "the {b} was {v:en} by the {a}", "v=acts", "", "people"),
+        _scheme("a {r} {p} waited for {n} days at the {l}", "for {n} days, a {r} {p} was waiting at the {l}",
+                "r=traits p=people n=amounts l=places"),
+        _scheme("the {a} {v:ed} the {t} to the {b}", "the {b} {v:ed} the {t} from the {a}", "t=things",
+                "v=converses", "people"),
+        _scheme("the {p} who {v:ed} the {t} was {r}", "the {r} {p} was the one who {v:ed} the {t}",
+                "p=people v=handlings t=things r=traits"),
+        _scheme("police say the {k} {t} belongs to a {p}", "according to the police, a {p} owns the {k} {t}",
+                "k=looks t=things p=people"),
+        _scheme("the {a} is {c} than the {b}", "the {b} is {c} than the {a}", "", "c=scales", "people"),
+    ),
+    "dev": (
+        _scheme("it was the {p} who {v:ed} the {t} at the {l}", "the {t} at the {l} had been {v:en} by the {p}",
+                "p=people v=handlings t=things l=places"),
+        _scheme("last night a {a} {v:ed} a {b}", "a {b} got {v:en} by a {a} last night", "v=acts", "", "people"),
+        _scheme("{n} {k} {t:s} were on show at the {l}", "the {l} showed {n} {t:s} that were {k}",
+                "n=amounts k=looks t=things l=places"),
+        _scheme("on Monday the {a} {v:ed} a {t} to the {b}", "the {b} {v:ed} a {t} from the {a} on Monday", "t=things",
+                "v=converses", "people"),
+        _scheme("reporters met a {r} {p} outside the {l}", "outside the {l} there was a {p} who seemed {r}",
+                "r=traits p=people l=places"),
+    ),
+}  # fmt: skip
+
+QUESTIONS: dict[str, tuple[Scheme, ...]] = {
+    "train": (
+        _scheme("how can I {v} my {t}?", "what is the best way to {v} my {t}?", "v=handlings t=things"),
+        _scheme("why is the {p} so {r}?", "what makes the {p} so {r}?", "p=people r=traits"),
+        _scheme("where can I see a {k} {t}?", "what is a good place to see a {k} {t}?", "k=looks t=things"),
+        _scheme("did the {a} {v} the {b}?", "was the {b} {v:en} by the {a}?", "v=acts", "", "people"),
+        _scheme("is the {p} going to {v} the {t}?", "will the {t} be {v:en} by the {p}?",
+                "p=people v=handlings t=things"),
+        _scheme("is a {a} {c} than a {b}?", "is a {b} {c} than a {a}?", "", "c=scales", "things"),
+    ),
+    "dev": (
+        _scheme("what should one do to {v} a {t}?", "do you have any tips on how to {v} a {t}?",
+                "v=handlings t=things"),
+        _scheme("what is the reason that the {p} looks {r}?", "how come the {p} looks {r}?", "p=people r=traits"),
+        _scheme("which {l} has {n} {k} {t:s}?", "at which {l} are there {n} {t:s} that are {k}?",
+                "l=places n=amounts k=looks t=things"),
+        _scheme("has the {a} ever {v:en} a {b}?", "has a {b} ever been {v:en} by the {a}?", "v=acts", "", "people"),
+        _scheme("when did the {p} {v} the {t}?", "at what time was the {t} {v:en} by the {p}?",
+                "p=people v=handlings t=things"),
+    ),
+}  # fmt: skip
+
+
+class Content:
+    """A scheme with its words drawn."""
+
+    def __init__(self, scheme: Scheme, words: Synonyms, rng: Random) -> None:
+        self.frames = (scheme.left, scheme.right)
+        self.contrasts: list[Contrast] = []
+        self.common: Value = ({}, {})
+        for slot, name in scheme.vary.items():
+            first, second = rng.sample(_entries(words, name), 2)
+            self.contrasts.append((_value((slot,), (first,), rng), _value((slot,), (second,), rng)))
+        for slot, name in scheme.fixed.items():
+            for side, word in enumerate(rng.choice(_entries(words, name))):
+                self.common[side][slot] = word
+        if scheme.swap:
+            first, second = rng.sample(_entries(words, scheme.swap), 2)
+            straight = _value(("a", "b"), (first, second), rng)
+            crossed = tuple({"a": slots["b"], "b": slots["a"]} for slots in straight)
+            self.contrasts.append((straight, (crossed[0], crossed[1])))
+
+    def text(self, side: int, bits: Sequence[int]) -> str:
+        """The sentence with this content in the left (0) or right (1) wording."""
+        slots = dict(self.common[side])
+        for contrast, bit in zip(self.contrasts, bits, strict=True):
+            slots |= contrast[bit][side]
+        return sentence(fill(self.frames[side], **slots))
+
+
+def _entries(words: Synonyms, name: str) -> Pairs:
+    entries: Pairs = getattr(words, name)
+    return entries
+
+
+def _value(slots: tuple[str, ...], entries: Sequence[tuple[str, str]], rng: Random) -> Value:
+    """The two wordings of these entries; which word of an entry stands on the left is a toss."""
+    left: Slots = {}
+    right: Slots = {}
+    for slot, entry in zip(slots, entries, strict=True):
+        left[slot], right[slot] = rng.sample(entry, 2)
+    return left, right
+
+
+def _equivalence(schemes: Sequence[Scheme], split: str, rng: Random) -> Iterator[list[Row]]:
+    """Blocks in which at most two contrasts of a scheme vary."""
+    while True:
+        for number, scheme in enumerate(schemes):
+            content = Content(scheme, SYNONYMS[split], rng)
+            count = len(content.contrasts)
+            varied = rng.sample(range(count), min(count, 2))
+            variants = [bits for bits in product((0, 1), repeat=count) if not any(bits[i] for i in set(range(count)) - set(varied))]
+            order = rng.sample((0, 1), 2)
+            left, right = ([Claim(content.text(side, bits), frozenset({bits})) for bits in variants] for side in order)
+            rows = latin(left, right, lambda a, b: int(a.worlds == b.worlds), 2, rng)
+            yield [Row(a, b, label, f"scheme {number}") for a, b, label in rows]
+
+
+def mrpc(split: str, rng: Random) -> Iterator[list[Row]]:
+    """Statements that agree in content or differ in one or two respects."""
+    return _equivalence(STATEMENTS[split], split, rng)
+
+
+def qqp(split: str, rng: Random) -> Iterator[list[Row]]:
+    """Questions that ask the same or differ in one or two respects."""
+    return _equivalence(QUESTIONS[split], split, rng)
+
+
+def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
+    """Statements scored by the weight of the contrasts in which they agree, from 0 (none) to 5 (all).
+
+    A block pairs a content and its complement with those two and with another content and its complement, all eight
+    ways: the scores of each sentence add up to the same total.
+    """
+    while True:
+        for number, scheme in enumerate(STATEMENTS[split]):
+            content = Content(scheme, SYNONYMS[split], rng)
+            count = len(content.contrasts)
+            if count < 3:
+                continue
+            one = tuple(rng.randrange(2) for _ in range(count))
+            flipped = set(rng.sample(range(count), rng.randrange(1, count)))
+            other = tuple(bit ^ (i in flipped) for i, bit in enumerate(one))
+            left = (one, _complement(one))
+            right = (*left, other, _complement(other))
+            order = rng.sample((0, 1), 2)
+            yield [
+                Row(content.text(order[0], a), content.text(order[1], b), _similarity(a, b), f"scheme {number}")
+                for a, b in product(left, right)
+            ]
+
+
+def _complement(bits: Sequence[int]) -> tuple[int, ...]:
+    return tuple(1 - bit for bit in bits)
+
+
+def _similarity(first: Sequence[int], second: Sequence[int]) -> float:
+    """Five times the share of contrasts in which two contents agree, to two digits as raters' averages are."""
+    return round(5.0 * sum(a == b for a, b in zip(first, second, strict=True)) / len(first), 2)
