@@ -131,7 +131,6 @@ class BackboneConfig(Section):
     name: BackboneName = "minilm"
     id: Text | None = None
     path: PathLike | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="before")
     @classmethod

@@ -2,18 +2,21 @@
 
 A template is a ``str.format`` string whose slots may carry an inflection after the colon:
 
-``{thing:a}`` indefinite article, ``{thing:s}`` plural, ``{verb:3}`` third person singular, ``{verb:ed}`` past,
-``{verb:en}`` past participle, ``{verb:ing}`` present participle, ``{name:poss}`` possessive.
+``{thing:s}`` plural, ``{verb:3}`` third person singular, ``{verb:ed}`` past,
+``{verb:en}`` past participle, ``{verb:ing}`` present participle, ``{name:poss}`` possessive. An indefinite
+article is written "a" and takes its form from the word that follows.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 _VOWELS = "aeiou"
+_ARTICLE = re.compile(r"\b([Aa])n? (\w+)")
 
 _PLURALS = {
     "child": "children", "fish": "fish", "fox": "foxes", "goose": "geese", "knife": "knives", "loaf": "loaves",
@@ -46,11 +49,15 @@ _DOUBLING = frozenset({
 })  # fmt: skip
 
 
-def article(noun: str) -> str:
-    """The noun with its indefinite article."""
-    silent = noun.startswith(("hour", "honest", "heir"))
-    hard = noun.startswith(("uni", "use", "euro", "one"))
-    return f"an {noun}" if silent or (noun[0] in _VOWELS and not hard) else f"a {noun}"
+def _articles(text: str) -> str:
+    """Every indefinite article in the form that the next word asks for."""
+    return _ARTICLE.sub(lambda match: match[1] + ("n" if _starts_with_vowel(match[2]) else "") + " " + match[2], text)
+
+
+def _starts_with_vowel(word: str) -> bool:
+    if word.startswith(("hour", "honest", "heir")):
+        return True
+    return word[0].lower() in "aeiou8" and not word.startswith(("uni", "use", "euro", "one"))
 
 
 def plural(noun: str) -> str:
@@ -108,7 +115,6 @@ def _progressive(verb: str) -> str:
 
 
 _INFLECTIONS: dict[str, Callable[[str], str]] = {
-    "a": article,
     "s": plural,
     "3": _first(_third),
     "ed": _first(_past),
@@ -128,7 +134,7 @@ _FORMATTER = _Inflector()
 
 def fill(template: str, /, **slots: str) -> str:
     """The template with its slots filled and inflected."""
-    return _FORMATTER.vformat(template, (), slots)
+    return _articles(_FORMATTER.vformat(template, (), slots))
 
 
 def sentence(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 from autolora.tasks.mini.design import CONTRADICTION, ENTAILMENT, NEUTRAL, Claim, Row, Space, inference, latin
-from autolora.tasks.mini.grammar import article, fill, plural, say, sentence
+from autolora.tasks.mini.grammar import fill, plural, say, sentence
 from autolora.tasks.mini.lexicon import LEXICON, Lexicon
 
 Claims = tuple[list[Claim], list[Claim]]
@@ -126,7 +126,7 @@ def _existence(rng: Random, extents: Sequence[Extent], yes: Sequence[str], no: S
     return side(), side()
 
 
-_DEALT = ("{who} {verb:ed} {x:a}", "{x:a} was {verb:en} by {who}")
+_DEALT = ("{who} {verb:ed} a {x}", "a {x} was {verb:en} by {who}")
 _NOT_DEALT = ("{who} {verb:ed} no {x}", "{who} did not {verb} any {x}", "no {x} was {verb:en} by {who}")
 
 
@@ -179,10 +179,10 @@ def persons(lex: Lexicon, rng: Random) -> Claims:
     place = rng.choice(lex.places)
     space = Space(2, 2, 2, 2)
     extents = (
-        (article(one), f"no {one}", deed, (0,)),
-        (article(two), f"no {two}", deed, (1,)),
+        (f"a {one}", f"no {one}", deed, (0,)),
+        (f"a {two}", f"no {two}", deed, (1,)),
         (rng.choice(("somebody", "someone")), rng.choice(("nobody", "no one")), deed, (0, 1, 2)),
-        (article(one), f"no {one}", other, (3,)),
+        (f"a {one}", f"no {one}", other, (3,)),
     )
 
     def side() -> list[Claim]:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from autolora.tasks.mini.design import Claim, Row, latin
+from autolora.tasks.mini.design import Row
 from autolora.tasks.mini.grammar import fill, sentence
 from autolora.tasks.mini.synonyms import SYNONYMS, Pairs, Synonyms
 
 Slots = dict[str, str]
 Value = tuple[Slots, Slots]  # what fills the left wording, what fills the right one
 Contrast = tuple[Value, Value]
+Bits = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,13 @@ STATEMENTS: dict[str, tuple[Scheme, ...]] = {
                 "p=people v=handlings t=things r=traits"),
         _scheme("police say the {k} {t} belongs to a {p}", "according to the police, a {p} owns the {k} {t}",
                 "k=looks t=things p=people"),
-        _scheme("the {a} is {c} than the {b}", "the {b} is {c} than the {a}", "", "c=scales", "people"),
     ),
     "dev": (
         _scheme("it was the {p} who {v:ed} the {t} at the {l}", "the {t} at the {l} had been {v:en} by the {p}",
                 "p=people v=handlings t=things l=places"),
         _scheme("last night a {a} {v:ed} a {b}", "a {b} got {v:en} by a {a} last night", "v=acts", "", "people"),
         _scheme("{n} {k} {t:s} were on show at the {l}", "the {l} showed {n} {t:s} that were {k}",
-                "n=amounts k=looks t=things l=places"),
+                "k=looks t=things l=places", "n=amounts"),
         _scheme("on Monday the {a} {v:ed} a {t} to the {b}", "the {b} {v:ed} a {t} from the {a} on Monday", "t=things",
                 "v=converses", "people"),
         _scheme("reporters met a {r} {p} outside the {l}", "outside the {l} there was a {p} who seemed {r}",
@@ -82,14 +82,13 @@ QUESTIONS: dict[str, tuple[Scheme, ...]] = {
         _scheme("did the {a} {v} the {b}?", "was the {b} {v:en} by the {a}?", "v=acts", "", "people"),
         _scheme("is the {p} going to {v} the {t}?", "will the {t} be {v:en} by the {p}?",
                 "p=people v=handlings t=things"),
-        _scheme("is a {a} {c} than a {b}?", "is a {b} {c} than a {a}?", "", "c=scales", "things"),
     ),
     "dev": (
         _scheme("what should one do to {v} a {t}?", "do you have any tips on how to {v} a {t}?",
                 "v=handlings t=things"),
         _scheme("what is the reason that the {p} looks {r}?", "how come the {p} looks {r}?", "p=people r=traits"),
         _scheme("which {l} has {n} {k} {t:s}?", "at which {l} are there {n} {t:s} that are {k}?",
-                "l=places n=amounts k=looks t=things"),
+                "l=places k=looks t=things", "n=amounts"),
         _scheme("has the {a} ever {v:en} a {b}?", "has a {b} ever been {v:en} by the {a}?", "v=acts", "", "people"),
         _scheme("when did the {p} {v} the {t}?", "at what time was the {t} {v:en} by the {p}?",
                 "p=people v=handlings t=things"),
@@ -116,7 +115,14 @@ class Content:
             crossed = tuple({"a": slots["b"], "b": slots["a"]} for slots in straight)
             self.contrasts.append((straight, (crossed[0], crossed[1])))
 
-    def text(self, side: int, bits: Sequence[int]) -> str:
+    def two(self, rng: Random) -> tuple[Bits, Bits]:
+        """A content, and one that differs from it in some contrasts."""
+        count = len(self.contrasts)
+        flipped = rng.sample(range(count), rng.randint(1, count))
+        one = tuple(rng.randrange(2) for _ in range(count))
+        return one, tuple(bit ^ (i in flipped) for i, bit in enumerate(one))
+
+    def text(self, side: int, bits: Bits) -> str:
         """The sentence with this content in the left (0) or right (1) wording."""
         slots = dict(self.common[side])
         for contrast, bit in zip(self.contrasts, bits, strict=True):
@@ -139,17 +145,16 @@ def _value(slots: tuple[str, ...], entries: Sequence[tuple[str, str]], rng: Rand
 
 
 def _equivalence(schemes: Sequence[Scheme], split: str, rng: Random) -> Iterator[list[Row]]:
-    """Blocks in which at most two contrasts of a scheme vary."""
+    """Blocks of two contents on either side: paired straight they agree, paired crosswise they do not."""
     while True:
         for number, scheme in enumerate(schemes):
             content = Content(scheme, SYNONYMS[split], rng)
-            count = len(content.contrasts)
-            varied = rng.sample(range(count), min(count, 2))
-            variants = [bits for bits in product((0, 1), repeat=count) if not any(bits[i] for i in set(range(count)) - set(varied))]
+            one, other = content.two(rng)
             order = rng.sample((0, 1), 2)
-            left, right = ([Claim(content.text(side, bits), frozenset({bits})) for bits in variants] for side in order)
-            rows = latin(left, right, lambda a, b: int(a.worlds == b.worlds), 2, rng)
-            yield [Row(a, b, label, f"scheme {number}") for a, b, label in rows]
+            yield [
+                Row(content.text(order[0], a), content.text(order[1], b), int(a == b), f"scheme {number}")
+                for a, b in product((one, other), repeat=2)
+            ]
 
 
 def mrpc(split: str, rng: Random) -> Iterator[list[Row]]:
@@ -171,12 +176,9 @@ def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
     while True:
         for number, scheme in enumerate(STATEMENTS[split]):
             content = Content(scheme, SYNONYMS[split], rng)
-            count = len(content.contrasts)
-            if count < 3:
+            if len(content.contrasts) < 3:
                 continue
-            one = tuple(rng.randrange(2) for _ in range(count))
-            flipped = set(rng.sample(range(count), rng.randrange(1, count)))
-            other = tuple(bit ^ (i in flipped) for i, bit in enumerate(one))
+            one, other = content.two(rng)
             left = (one, _complement(one))
             right = (*left, other, _complement(other))
             order = rng.sample((0, 1), 2)
@@ -186,10 +188,10 @@ def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
             ]
 
 
-def _complement(bits: Sequence[int]) -> tuple[int, ...]:
+def _complement(bits: Bits) -> Bits:
     return tuple(1 - bit for bit in bits)
 
 
-def _similarity(first: Sequence[int], second: Sequence[int]) -> float:
+def _similarity(first: Bits, second: Bits) -> float:
     """Five times the share of contrasts in which two contents agree, to two digits as raters' averages are."""
     return round(5.0 * sum(a == b for a, b in zip(first, second, strict=True)) / len(first), 2)

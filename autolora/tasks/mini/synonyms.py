@@ -26,7 +26,6 @@ class Synonyms:
         traits: adjectives for a person.
         looks: adjectives for a thing.
         converses: verbs of transfer "A verb thing to B" and the other party's "B verb thing from A".
-        scales: comparatives and their inverse.
         amounts: numbers in words and in figures.
     """
 
@@ -38,7 +37,6 @@ class Synonyms:
     traits: Pairs
     looks: Pairs
     converses: Pairs
-    scales: Pairs
     amounts: Pairs
 
 
@@ -46,6 +44,7 @@ _TRAIN = Synonyms(
     people=pairs(
         "doctor/physician lawyer/attorney teacher/instructor kid/child soldier/trooper student/pupil boss/employer "
         "robber/bandit baby/infant cop/police_officer king/monarch worker/laborer singer/vocalist buddy/friend "
+        "clown/jester scientist/researcher painter/artist athlete/sportsman manager/supervisor secretary/clerk "
         "client/customer foreigner/alien enemy/foe nanny/babysitter inventor/creator barber/hairdresser"
     ),
     acts=pairs(
@@ -56,11 +55,13 @@ _TRAIN = Synonyms(
     things=pairs(
         "car/automobile couch/sofa picture/photograph movie/film rock/stone gift/present bike/bicycle plane/aircraft "
         "rug/carpet jacket/coat jewel/gem rifle/gun cap/hat ship/vessel cup/mug "
-        "curtain/drape pail/bucket garbage_can/trash_bin lamp/light"
+        "curtain/drape pail/bucket garbage_can/trash_bin lamp/light "
+        "bottle/flask mirror/looking_glass newspaper/journal engine/motor wallet/billfold"
     ),
     handlings=pairs(
         "repair/fix buy/purchase find/discover destroy/demolish clean/wash steal/swipe throw/toss hide/conceal "
-        "build/construct sell/trade_away sketch/draw grab/seize want/desire"
+        "build/construct sell/trade_away sketch/draw grab/seize want/desire move/shift "
+        "mail/post guard/protect"
     ),
     places=pairs(
         "shop/store street/road forest/woods cellar/basement school/academy hospital/clinic prison/jail "
@@ -75,26 +76,24 @@ _TRAIN = Synonyms(
         "heavy/weighty dull/boring"
     ),
     converses=pairs("sell/buy lend/borrow give/get rent/lease"),
-    scales=pairs("taller/shorter older/younger faster/slower heavier/lighter cheaper/more_expensive safer/riskier"),
     amounts=pairs("two/2 four/4 six/6 eight/8 ten/10 twelve/12 fifteen/15 thirty/30"),
 )
 
 _DEV = Synonyms(
     people=pairs(
         "author/writer spouse/partner thief/burglar professor/lecturer reporter/journalist guest/visitor "
-        "sailor/seaman farmer/grower actor/performer chef/cook lady/woman"
+        "sailor/seaman farmer/grower actor/performer chef/cook lady/woman priest/clergyman"
     ),
     acts=pairs("rescue/save fire/dismiss kiss/smooch love/adore defeat/beat warn/alert insult/offend mock/ridicule"),
     things=pairs(
-        "house/home television/TV cab/taxi book/novel bag/sack puppy/young_dog "
-        "computer/PC sweater/pullover fridge/refrigerator"
+        "house/home television/TV cab/taxi bag/sack computer/PC sweater/pullover fridge/refrigerator phone/telephone "
+        "pistol/handgun cookie/biscuit truck/lorry"
     ),
-    handlings=pairs("examine/inspect collect/gather break/smash paint/decorate carry/transport lose/misplace"),
+    handlings=pairs("examine/inspect collect/gather smash/shatter paint/decorate lose/misplace lift/raise burn/scorch"),
     places=pairs("airport/airfield hotel/inn church/chapel market/bazaar mall/shopping_center theater/playhouse"),
     traits=pairs("sad/sorrowful scared/afraid funny/humorous honest/truthful stubborn/obstinate poor/penniless"),
     looks=pairs("tiny/minute empty/vacant shiny/glossy ugly/hideous ancient/very_old strong/sturdy"),
     converses=pairs("send/receive hand_over/accept"),
-    scales=pairs("bigger/smaller stronger/weaker louder/quieter better/worse"),
     amounts=pairs("three/3 five/5 seven/7 nine/9 twenty/20"),
 )
 

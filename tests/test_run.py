@@ -1,0 +1,217 @@
+"""Whole runs on a tiny encoder and tiny files: what is written, what is chosen on what, and what is not done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from autolora.compose import compose
+from autolora.config import RunConfig
+from autolora.errors import NonFiniteLossError
+from autolora.plan import RankPlan, Site
+from autolora.results import RunDirectory, RunResult
+from autolora.run import budget_notes, run_one, seed_for
+
+GOOD, BAD = ["good", "great", "happy", "love"], ["bad", "sad", "slow", "small"]
+
+
+def write_sst2(folder: Path, *, flip_dev: bool = False) -> Path:
+    """Sentences whose label is said by one word."""
+    rng = random.Random(0)
+    (folder / "SST-2").mkdir(parents=True)
+    for split, rows in (("train", 240), ("dev", 40)):
+        lines = ["sentence\tlabel"]
+        for i in range(rows):
+            label = i % 2
+            words = rng.choices(["the", "cat", "train", "street", "and", "very", "people"], k=rng.randint(2, 6))
+            words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
+            shown = 1 - label if flip_dev and split == "dev" else label
+            lines.append(f"{' '.join(words)} {i}\t{shown}")
+        (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sst2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sst2(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture
+def configure(tiny_bert_dir: Path, sst2: Path, tmp_path: Path) -> Any:
+    def configured(*overrides: str, data: Path = sst2) -> RunConfig:
+        fixed = {
+            "task": "sst2",
+            "data.source": "local",
+            "data.dir": str(data),
+            "data.cache_dir": str(tmp_path / "cache"),
+            "backbone.path": str(tiny_bert_dir),
+            "run_root": str(tmp_path / "runs"),
+            "logger": "csv",
+            "max_rank": "4",
+            "budget.rank": "2",
+            "trainer.accelerator": "cpu",
+            "trainer.precision": "32-true",
+            "trainer.enable_progress_bar": "false",
+            "trainer.max_epochs": "2",
+            "optim.adapter.lr": "5e-3",
+        }
+        given = {override.partition("=")[0]: override for override in overrides}
+        kept = [f"{key}={value}" for key, value in fixed.items() if key not in given and not _clashes(key, given)]
+        return compose([*kept, *overrides])
+
+    return configured
+
+
+def _clashes(key: str, given: dict[str, str]) -> bool:
+    """A budget is given in one way."""
+    return key == "budget.rank" and any(other.partition(".")[0] == "budget" for other in given)
+
+
+def directory_of(cfg: RunConfig, result: RunResult) -> RunDirectory:
+    return RunDirectory.of(cfg, result.data_source, result.data_fingerprint)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "autolora"])
+def test_a_run_leaves_a_complete_record(configure: Any, strategy: str) -> None:
+    cfg = configure(f"strategy={strategy}")
+    result = run_one(cfg)
+    files = directory_of(cfg, result)
+    assert {path.name for path in files.path.iterdir()} == {
+        "config.yaml", "result.json", "ranks.json", "history.csv", "predictions.csv", "checkpoints",
+    }  # fmt: skip
+    assert json.loads(files.result.read_text())["status"] == "complete"
+    assert (result.task, result.data_source, result.strategy, result.metrics.primary) == (
+        "sst2", "local", strategy, "accuracy",
+    )  # fmt: skip
+    assert json.loads(files.ranks.read_text()) == result.ranks
+    assert len(result.ranks) == 13  # two layers of six Linears, and the pooler
+    budget = result.params.budget
+    assert budget is not None
+    assert 0.98 * budget <= result.params.adapter <= budget
+    assert result.adapter_bytes == 4 * result.params.adapter
+    assert result.params.head == 32 * 2 + 2
+    assert result.steps == 2 * -(-216 // 32)
+    assert result.params.peak_trainable >= result.params.adapter + result.params.head
+    assert yaml.safe_load(files.config.read_text())["strategy"]["name"] == strategy
+
+
+def test_predictions_are_those_of_the_saved_adapter(configure: Any, tiny_bert_dir: Path, sst2: Path) -> None:
+    """Saved tensors and ranks rebuild the model: same logits, row by row, and the metric that is reported."""
+    from autolora.adapters import AdapterSettings, attach, find_sites
+    from autolora.backbones import load_backbone
+
+    cfg = configure("strategy=autolora")
+    result = run_one(cfg)
+    files = directory_of(cfg, result)
+    backbone = load_backbone(path=tiny_bert_dir, num_labels=2, head_seed=123)
+    settings = AdapterSettings(scale=cfg.adapter.effective_scale())
+    adapters = attach(backbone.model, settings, RankPlan(find_sites(backbone.model, settings), result.ranks))
+    adapters.load_trainable_state(load_file(files.checkpoints / "final.safetensors"))
+    backbone.model.eval()
+    sentences = [line.split("\t")[0] for line in (sst2 / "SST-2" / "dev.tsv").read_text().splitlines()[1:]]
+    with torch.no_grad():
+        logits = backbone.model(**backbone.tokenizer(sentences, padding=True, return_tensors="pt")).logits
+    rows = list(csv.DictReader(files.predictions.open()))
+    assert [int(row["id"]) for row in rows] == list(range(40))
+    saved = torch.tensor([[float(row["logit_0"]), float(row["logit_1"])] for row in rows])
+    torch.testing.assert_close(logits, saved, rtol=1e-4, atol=1e-5)
+    correct = sum(float(row["prediction"]) == float(row["label"]) for row in rows)
+    assert result.metrics.value == pytest.approx(correct / 40)
+
+
+def test_a_complete_configuration_is_not_run_again_unless_forced(
+    configure: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = configure("trainer.max_steps=2")
+    first = run_one(cfg)
+    written = directory_of(cfg, first).result.stat().st_mtime_ns
+    assert run_one(cfg) == first
+    assert "complete already" in capsys.readouterr().out
+    assert directory_of(cfg, first).result.stat().st_mtime_ns == written
+    run_one(configure("trainer.max_steps=2", "force=true"))
+    assert directory_of(cfg, first).result.stat().st_mtime_ns != written
+
+
+def test_other_data_is_another_run(configure: Any, tmp_path: Path) -> None:
+    other = write_sst2(tmp_path / "other", flip_dev=True)
+    one, two = configure("trainer.max_steps=1"), configure("trainer.max_steps=1", data=other)
+    assert directory_of(one, run_one(one)).path != directory_of(two, run_one(two)).path
+
+
+def test_nothing_that_is_reported_was_used_to_choose(configure: Any, tmp_path: Path) -> None:
+    """With all dev labels flipped the run makes the same choices, and reports the complement."""
+    flipped = write_sst2(tmp_path / "flipped", flip_dev=True)
+    extra = ("strategy=autolora", "trainer.checkpoint=best", "trainer.early_stopping_patience=1")
+    honest, other = run_one(configure(*extra)), run_one(configure(*extra, data=flipped))
+    assert honest.ranks == other.ranks
+    assert honest.selection_metrics == other.selection_metrics
+    assert honest.steps == other.steps
+    assert honest.metrics.value is not None
+    assert other.metrics.value == pytest.approx(1 - honest.metrics.value)
+
+
+def test_a_run_repeats_itself(configure: Any, tmp_path: Path) -> None:
+    one = run_one(configure("strategy=autolora"))
+    two = run_one(configure("strategy=autolora", f"run_root={tmp_path / 'again'}"))
+    assert (one.ranks, one.metrics, one.selection_metrics) == (two.ranks, two.metrics, two.selection_metrics)
+
+
+def test_a_budget_of_nothing_trains_the_head_alone(configure: Any) -> None:
+    result = run_one(configure("strategy=autolora", "budget.params=0"))
+    assert set(result.ranks.values()) == {0}
+    assert (result.params.adapter, result.adapter_bytes, result.params.budget) == (0, 0, 0)
+    assert result.metrics.value is not None
+
+
+def test_without_a_budget(configure: Any) -> None:
+    result = run_one(configure("strategy=uniform", "budget=none"))
+    assert result.params.budget is None
+    assert set(result.ranks.values()) == {4}
+
+
+def test_a_budget_above_the_maximum_is_clamped(configure: Any) -> None:
+    with pytest.warns(UserWarning, match="clamped"):
+        result = run_one(configure("strategy=uniform", "budget.rank=100", "trainer.max_steps=1"))
+    assert set(result.ranks.values()) == {4}
+
+
+def test_wandb_is_offline_and_finished(configure: Any) -> None:
+    import wandb
+
+    cfg = configure("logger=wandb", "trainer.max_steps=4")
+    result = run_one(cfg)
+    runs = list(directory_of(cfg, result).wandb.glob("offline-run-*"))
+    assert len(runs) == 1
+    assert list(runs[0].glob("*.wandb"))
+    assert wandb.run is None
+
+
+def test_wandb_is_finished_after_a_failure(configure: Any) -> None:
+    import wandb
+
+    cfg = configure("logger=wandb", "optim.adapter.lr=1e30", "trainer.gradient_clip_val=null")
+    with pytest.raises(NonFiniteLossError, match="last_good"):
+        run_one(cfg)
+    assert wandb.run is None
+    (run_folder,) = cfg.run_root.iterdir()
+    assert not (run_folder / "result.json").exists()
+
+
+def test_streams_of_a_seed_are_separate() -> None:
+    seeds = {seed_for(seed, stream) for seed in range(50) for stream in ("data", "head", "adapters", "training")}
+    assert len(seeds) == 200
+
+
+def test_unspent_budget_is_said() -> None:
+    plan = RankPlan({"a": Site(10, 20)}, {"a": 1})
+    assert budget_notes(plan, 30) == []
+    assert budget_notes(plan, 50) == ["20 of the budget of 50 are unspent; the cheapest component costs 30"]
+    assert budget_notes(plan, None) == []
