@@ -141,10 +141,8 @@ class BackboneConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name to file results under: that of the model itself where it is a custom one."""
-        if self.name != "custom":
-            return self.name
-        return self.id or (self.path.name if self.path else self.name)
+        """The name to file results under: of the folder or the hub id where one is given, since it may hold any model."""
+        return self.path.resolve().name if self.path else (self.id or self.name)
 
     def conflicts(self) -> Iterator[Conflict]:
         """A custom model has an id or a path, and a path has to be there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ def run_one(cfg: RunConfig) -> RunResult:
     problem = make_problem(cfg)
     directory = RunDirectory.of(cfg, problem.data_source, problem.data_fingerprint)
     if directory.is_complete() and not cfg.force:
-        print(f"complete already: {directory.path} (force=true runs it again)")
+        say(f"complete already: {directory.path} (force=true runs it again)")
         return directory.read_result()
     directory.start(cfg)
 
@@ -48,7 +49,7 @@ def run_one(cfg: RunConfig) -> RunResult:
     strategy = make_strategy(cfg, problem)
     adapters = strategy.attach(problem.model, adapter_settings(cfg))
     counts = adapters.count()
-    print(adapters.summary())
+    say(adapters.summary())
 
     history = History(directory.history, cfg.trainer.log_every_n_steps)
     choice = HeldoutChoice(keep_best=cfg.trainer.checkpoint == "best", patience=cfg.trainer.early_stopping_patience)
@@ -86,6 +87,17 @@ def run_one(cfg: RunConfig) -> RunResult:
         directory.write_predictions(*prediction_rows(problem, outputs))
         directory.write_result(result)
     return result
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks and writes; Lightning sets ``LOCAL_RANK`` in those that it starts."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Tell the user, once."""
+    if is_main_process():
+        print(line, flush=True)
 
 
 # The parts, from the configuration -----------------------------------------------------------------------------------
@@ -129,7 +141,7 @@ def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
 
     glue, data = GLUE[task.name], cfg.data
     resolved = resolve(data.source, glue, data.dir)
-    print(f"data: {resolved.detail}")
+    say(f"data: {resolved.detail}")
     splits = load(resolved, glue)
     data_hash = fingerprint(splits)
     train = splits.pop("train")
@@ -144,7 +156,8 @@ def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
         {"fit": fit_rows, "heldout": heldout, **splits},
         source=resolved.kind,
         fingerprint=data_hash,
-        backbone=cfg.backbone.model_dump(include={"name", "id", "path"}),
+        backbone=cfg.backbone.label,
+        weights=cfg.backbone.model_dump(include={"name", "id", "path"}),
         settings=TextSettings(
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,

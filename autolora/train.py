@@ -97,13 +97,14 @@ def _run(cfg: DictConfig) -> None:
     from autolora.validate import require
 
     config = require(plain_tree(cfg))
-    from autolora.run import run_one
+    from autolora.run import is_main_process, run_one
 
     result = run_one(config)
     from autolora.reporting.summary import print_summary
     from autolora.results import RunDirectory
 
-    print_summary(result, RunDirectory.of(config, result.data_source, result.data_fingerprint).path)
+    if is_main_process():
+        print_summary(result, RunDirectory.of(config, result.data_source, result.data_fingerprint).path)
 
 
 def _complain(error: AutoLoRAError) -> None:

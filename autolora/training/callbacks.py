@@ -30,8 +30,10 @@ class History(pl.Callback):
         self._written_at = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the file."""
+        """Open the file, in one process alone."""
         self._started = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
         self._file = self.path.open("w", newline="")
         self._writer: csv.DictWriter[str] | None = None
 
@@ -40,6 +42,8 @@ class History(pl.Callback):
     ) -> None:
         """Collect the loss, and write a row when one is due."""
         assert isinstance(pl_module, AdapterModule)
+        if not trainer.is_global_zero:
+            return
         if pl_module.last_loss is not None:
             self._losses.append(pl_module.last_loss)
         due = pl_module.steps_done % self.every == 0 or pl_module.steps_done == 1
@@ -49,7 +53,7 @@ class History(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A row for every measurement on the held-out slice."""
         assert isinstance(pl_module, AdapterModule)
-        if pl_module.steps_done:
+        if pl_module.steps_done and trainer.is_global_zero:
             self._write(trainer, pl_module, float(trainer.callback_metrics["heldout"]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

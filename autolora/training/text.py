@@ -43,7 +43,8 @@ class TextProblem(Problem):
         task: the row of the GLUE table.
         splits: ``fit``, ``heldout``, ``dev`` and the task's further dev splits.
         source, fingerprint: where the rows came from, and their hash.
-        backbone: arguments of :func:`autolora.backbones.load_backbone`: name, id, path.
+        backbone: name to file results under.
+        weights: arguments of :func:`autolora.backbones.load_backbone`: name, id, path.
         settings: batches and seeds.
     """
 
@@ -56,23 +57,24 @@ class TextProblem(Problem):
         *,
         source: str,
         fingerprint: str,
-        backbone: Mapping[str, Any],
+        backbone: str,
+        weights: Mapping[str, Any],
         settings: TextSettings,
     ) -> None:
         self.task = task
         self.name = task.name
         self.splits = dict(splits)
         self.data_source, self.data_fingerprint = source, fingerprint
-        self.backbone = str(backbone["id"] or backbone["path"] or backbone["name"])
+        self.backbone = backbone
         self.dev_splits = ("dev", *task.extra_dev)
         self.settings = settings
-        self._backbone_arguments = dict(backbone)
+        self._weights = dict(weights)
 
     def build(self) -> None:
         """Load the pretrained model and make the batches."""
         settings = self.settings
         self.pretrained: Backbone = load_backbone(
-            **self._backbone_arguments,
+            **self._weights,
             num_labels=self.task.num_labels,
             problem_type="regression" if self.task.regression else "single_label_classification",
             head_seed=settings.head_seed,

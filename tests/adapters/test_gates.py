@@ -131,12 +131,12 @@ def test_hard_concrete_by_hand() -> None:
 
 @pytest.mark.parametrize("tau", [1.0, 2 / 3])
 def test_hard_concrete_probability_is_that_of_its_samples(tau: float) -> None:
-    """P(g != 0) in closed form against 400,000 draws: six standard errors are 0.005."""
+    """P(g != 0) in closed form against 80,000 draws of each logit: six standard errors are 0.0106."""
     gate = selector("hard_concrete", LOGITS * 80_000, tau=tau, generator=torch.Generator().manual_seed(0))
     sample = gate()
     assert sample is not None
     share = (sample.detach() != 0).float().view(80_000, 5).mean(0)
-    torch.testing.assert_close(share, gate.probability().detach()[:5], rtol=0, atol=0.0105)
+    torch.testing.assert_close(share, gate.probability().detach()[:5], rtol=0, atol=0.0106)
 
 
 def test_gumbel_probability_is_that_of_its_samples() -> None:
@@ -144,7 +144,7 @@ def test_gumbel_probability_is_that_of_its_samples() -> None:
     sample = gate()
     assert sample is not None
     share = (sample.detach() > 0.5).float().view(80_000, 5).mean(0)
-    torch.testing.assert_close(share, gate.probability().detach()[:5], rtol=0, atol=0.0105)
+    torch.testing.assert_close(share, gate.probability().detach()[:5], rtol=0, atol=0.0106)
 
 
 def test_gumbel_softmax_probability_is_how_often_a_component_wins() -> None:
@@ -172,8 +172,8 @@ AT_EVALUATION = {
     "sigmoid": [0, 0, 0, SIGMA[3], SIGMA[4]],
     "hard_concrete": [0, 0, 0, SIGMA[3] * 1.2 - 0.1, SIGMA[4] * 1.2 - 0.1],
     "gumbel": [0, 0, 0, SIGMA[3], SIGMA[4]],
-    "gumbel_softmax": [0, 0, 0, softmax(LOGITS)[3], softmax(LOGITS)[4]],
-    "simplex": [0, 0, 0, softmax(LOGITS)[3], softmax(LOGITS)[4]],
+    "gumbel_softmax": [0, 0, 0, 0, softmax(LOGITS)[4]],
+    "simplex": [0, 0, 0, 0, softmax(LOGITS)[4]],
 }
 
 
@@ -185,7 +185,7 @@ def test_evaluation_is_deterministic_and_hard_thresholded(form: str) -> None:
         assert_gate(value, expected)
         assert value is not None
         assert not value.requires_grad
-    assert gate.kept().tolist() == [False, False, False, True, True]
+    assert gate.kept().tolist() == [x > 0 for x in expected]
     first, second = gate(), gate()
     assert first is not None
     assert second is not None

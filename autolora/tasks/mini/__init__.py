@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from random import Random
 
+from autolora.tasks.mini.acceptability import cola
+from autolora.tasks.mini.answers import qnli
 from autolora.tasks.mini.design import Row, collect
-from autolora.tasks.mini.inference import mnli
+from autolora.tasks.mini.inference import mnli, rte
 from autolora.tasks.mini.paraphrase import mrpc, qqp, stsb
+from autolora.tasks.mini.pronouns import wnli
+from autolora.tasks.mini.sentiment import sst2
 from autolora.tasks.records import Split
 
 _SIZES = {"train": 4000, "dev": 800, "dev_mismatched": 800}
-_TASKS = {"mnli": mnli, "mrpc": mrpc, "qqp": qqp, "stsb": stsb}
+_TASKS = {"mnli": mnli, "mrpc": mrpc, "qqp": qqp, "stsb": stsb, "sst2": sst2, "qnli": qnli, "wnli": wnli, "rte": rte, "cola": cola}
 
 
 def _rows(task: str, split: str, seed: int) -> list[Row]:

@@ -26,7 +26,20 @@ HYPOTHESIS_FRAMES: dict[str, tuple[str, ...]] = {
     "dev": ("therefore {x}", "in other words, {x}"),
     "dev_mismatched": ("thus {x}", "so it is known that {x}"),
 }
-_LABELS = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 2}
+REPORTS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "a witness told the police that {x}",
+        "in its evening edition the local paper wrote that {x}",
+        "according to a letter that was found later, {x}",
+    ),
+    "dev": ("as officials confirmed on Tuesday, {x}", "the committee's final report concludes that {x}"),
+}
+FINDINGS: dict[str, tuple[str, ...]] = {
+    "train": ("{x}", "it follows that {x}"),
+    "dev": ("evidently {x}", "one can conclude that {x}"),
+}
+_MNLI = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 2}
+_RTE = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 1}
 
 
 def _state(rng: Random, who: str, verb: str, pair: tuple[str, str], holds: bool) -> str:
@@ -214,13 +227,23 @@ FAMILIES: tuple[Family, ...] = (
 
 def mnli(split: str, rng: Random) -> Iterator[list[Row]]:
     """Blocks of MNLI rows without end, the families in turn."""
-    lexicon = LEXICON[split]
+    return _blocks(split, PREMISE_FRAMES[split], HYPOTHESIS_FRAMES[split], _MNLI, rng)
+
+
+def rte(split: str, rng: Random) -> Iterator[list[Row]]:
+    """Blocks of RTE rows: reported premises, and neutral counts as contradiction does."""
+    return _blocks(split, REPORTS[split], FINDINGS[split], _RTE, rng)
+
+
+def _blocks(
+    split: str, premise_frames: Sequence[str], hypothesis_frames: Sequence[str], labels: dict[str, int], rng: Random
+) -> Iterator[list[Row]]:
     while True:
         for family in FAMILIES:
-            premises, hypotheses = family(lexicon, rng)
-            premises = _framed(premises, rng.choice(PREMISE_FRAMES[split]))
-            hypotheses = _framed(hypotheses, rng.choice(HYPOTHESIS_FRAMES[split]))
-            rows = latin(premises, hypotheses, lambda p, h: _LABELS[inference(p, h)], 3, rng)
+            premises, hypotheses = family(LEXICON[split], rng)
+            premises = _framed(premises, rng.choice(premise_frames))
+            hypotheses = _framed(hypotheses, rng.choice(hypothesis_frames))
+            rows = latin(premises, hypotheses, lambda p, h: labels[inference(p, h)], len(set(labels.values())), rng)
             yield [Row(a, b, label, family.__name__) for a, b, label in rows]
 
 

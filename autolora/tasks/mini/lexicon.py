@@ -9,19 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """Words separated by blanks; an underscore stands for a blank inside a word."""
     return tuple(word.replace("_", " ") for word in text.split())
 
 
 def pairs(text: str) -> tuple[tuple[str, str], ...]:
     """Pairs written ``first/second``, separated by blanks; an underscore stands for a blank."""
-    halves = (word.split("/") for word in _words(text))
+    halves = (word.split("/") for word in words(text))
     return tuple((first, second) for first, second in halves)
 
 
 def _groups(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     lines = (line.split(":") for line in text.strip().splitlines())
-    return tuple((head.strip(), _words(members)) for head, members in lines)
+    return tuple((head.strip(), words(members)) for head, members in lines)
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Lexicon:
 
 
 _TRAIN = Lexicon(
-    people=_words(
+    people=words(
         "chef pilot nurse farmer lawyer teacher doctor baker driver singer dancer painter writer banker judge student "
         "soldier plumber butcher tailor barber waiter gardener librarian carpenter cashier clerk manager mechanic "
         "photographer scientist secretary surgeon actor poet coach guard neighbor tourist drummer editor"
     ),
-    women=_words("Anna Maria Susan Laura Emma Julia Karen Linda Alice Helen Sarah Nancy Rachel Diana Grace Claire"),
-    men=_words("Peter John David Robert Thomas Daniel George Henry Frank Victor Martin Oscar Simon Paul James Kevin"),
+    women=words("Anna Maria Susan Laura Emma Julia Karen Linda Alice Helen Sarah Nancy Rachel Diana Grace Claire"),
+    men=words("Peter John David Robert Thomas Daniel George Henry Frank Victor Martin Oscar Simon Paul James Kevin"),
     kinds=_groups(
         """
         animal: dog cat horse cow pig goat rabbit sheep donkey
@@ -83,23 +84,23 @@ _TRAIN = Lexicon(
         "taller/shorter older/younger richer/poorer faster/slower heavier/lighter smarter/dumber happier/sadder "
         "busier/lazier kinder/meaner cleaner/dirtier"
     ),
-    acts=_words(
+    acts=words(
         "praise follow blame call push hug thank visit trust admire teach help attack insult invite greet chase hire "
         "kick warn question phone interrupt ignore kiss tease scare annoy"
     ),
-    deeds=_words("sleep sing dance laugh cry cough swim smile run leave shout arrive work pray cook vote complain"),
-    dealings=_words("buy sell steal paint clean find lose hide break carry borrow repair wash"),
-    places=_words("kitchen garden office school park hospital library station market hall"),
-    looks=_words("red green blue big small heavy old wooden striped dirty"),
+    deeds=words("sleep sing dance laugh cry cough swim smile run leave shout arrive work pray cook vote complain"),
+    dealings=words("buy sell steal paint clean find lose hide break carry borrow repair wash"),
+    places=words("kitchen garden office school park hospital library station market hall"),
+    looks=words("red green blue big small heavy old wooden striped dirty"),
 )
 
 _DEV = Lexicon(
-    people=_words(
+    people=words(
         "astronaut dentist architect violinist detective sailor shepherd reporter florist miner priest politician "
         "cyclist janitor magician fisherman"
     ),
-    women=_words("Olivia Sophie Teresa Monica Amanda Ingrid Paula Irene"),
-    men=_words("Lucas Walter Gregory Philip Edward Hugo Bruno Arthur"),
+    women=words("Olivia Sophie Teresa Monica Amanda Ingrid Paula Irene"),
+    men=words("Lucas Walter Gregory Philip Edward Hugo Bruno Arthur"),
     kinds=_groups(
         """
         bird: parrot owl sparrow pigeon eagle
@@ -114,19 +115,19 @@ _DEV = Lexicon(
         "tidy/untidy upstairs/downstairs"
     ),
     orders=pairs("stronger/weaker bigger/smaller louder/quieter thinner/fatter"),
-    acts=_words("criticize rescue kidnap photograph congratulate fire arrest cheat bite defend tickle imitate"),
-    deeds=_words("sneeze whistle yawn faint retire jump stumble protest"),
-    dealings=_words("rent draw inherit throw damage collect"),
-    places=_words("museum theater cellar airport bakery"),
-    looks=_words("purple yellow tiny expensive broken shiny"),
+    acts=words("criticize rescue kidnap photograph congratulate fire arrest cheat bite defend tickle imitate"),
+    deeds=words("sneeze whistle yawn faint retire jump stumble protest"),
+    dealings=words("rent draw inherit throw damage collect"),
+    places=words("museum theater cellar airport bakery"),
+    looks=words("purple yellow tiny expensive broken shiny"),
 )
 
 _MISMATCHED = Lexicon(
-    people=_words(
+    people=words(
         "wizard knight queen dragon goblin witch pirate monk giant elf princess hunter blacksmith minstrel troll hermit"
     ),
-    women=_words("Guinevere Morgana Elaine Isolde Brunhild Ariadne"),
-    men=_words("Lancelot Merlin Arion Siegfried Tristan Hector"),
+    women=words("Guinevere Morgana Elaine Isolde Brunhild Ariadne"),
+    men=words("Lancelot Merlin Arion Siegfried Tristan Hector"),
     kinds=_groups(
         """
         weapon: sword spear dagger bow
@@ -140,11 +141,11 @@ _MISMATCHED = Lexicon(
         "blessed/cursed"
     ),
     orders=pairs("braver/more_cowardly wiser/more_foolish nobler/baser mightier/feebler"),
-    acts=_words("bewitch betray banish worship curse capture serve wound deceive crown"),
-    deeds=_words("weep kneel vanish feast rejoice awaken"),
-    dealings=_words("forge bury guard sharpen seek"),
-    places=_words("forest dungeon tower cave village"),
-    looks=_words("golden silver ancient magical"),
+    acts=words("bewitch betray banish worship curse capture serve wound deceive crown"),
+    deeds=words("weep kneel vanish feast rejoice awaken"),
+    dealings=words("forge bury guard sharpen seek"),
+    places=words("forest dungeon tower cave village"),
+    looks=words("golden silver ancient magical"),
 )
 
 LEXICON: dict[str, Lexicon] = {"train": _TRAIN, "dev": _DEV, "dev_mismatched": _MISMATCHED}
