@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -49,7 +52,8 @@ def test_a_bilevel_gradient_is_that_of_the_looked_ahead_loss() -> None:
     """Against central differences of the held-out loss after a step that is really made, in double precision."""
     pair = planted((0, 2, 3, 0))
     strategy = bilevel(pair)
-    adapters = strategy.attach(pair.student.double(), AdapterSettings())
+    adapters = strategy.attach(pair.student, AdapterSettings())
+    pair.student.double()
     batch, heldout = ({k: v.double() for k, v in next(s).items()} for s in streams(pair))
     layer = adapters.layers["V0"]
     with torch.no_grad():
@@ -121,7 +125,7 @@ def test_growth_reaches_the_budget_and_fits_a_uniform_teacher() -> None:
     )
     assert plans[0] == dict.fromkeys(pair.true_plan, 1)
     assert plans[-1] == fitted.plan == dict.fromkeys(pair.true_plan, 2)
-    assert all(early[name] <= late[name] for early, late in zip(plans, plans[1:], strict=False) for name in early)
+    assert all(early[name] <= late[name] for early, late in pairwise(plans) for name in early)
     assert excess_error(pair, fitted.adapters) < 1e-2
 
 
@@ -135,7 +139,7 @@ def test_growth_never_jolts_the_output() -> None:
         components, before = strategy.adapters.active_plan().components, pair.student(inputs)
         grow(plan, optimizer)
         assert strategy.adapters.active_plan().components > components
-        jolts.append(float((pair.student(inputs) - before).abs().max()))
+        jolts.append(float((pair.student(inputs) - before).detach().abs().max()))
 
     strategy._open = watched  # type: ignore[method-assign]
     fit(strategy, pair.student, *streams(pair), steps=40, lr=1e-2)
@@ -207,8 +211,8 @@ def test_activation_svd_gives_each_module_the_rank_of_its_inputs() -> None:
     assert fitted.adapters.count()["adapter"] == 4 * 16
     onto = starts[0] / starts[0].norm(dim=1, keepdim=True)
     torch.testing.assert_close(onto.T @ onto, basis[:3].T @ basis[:3], rtol=0, atol=0.03)
-    # Rank 3 and rank 1 are enough to be the teacher on these inputs, and wherever A points the loss gets to it
-    assert fitted.losses[-1] < 1e-3 * fitted.losses[0]
+    # Rank 3 and rank 1 are enough to be the teacher on these inputs, but for the noise around the line
+    assert fitted.losses[-1] < 5e-3 * fitted.losses[0]
 
 
 # The base class -------------------------------------------------------------------------------------------------------
@@ -266,7 +270,7 @@ def test_reset_optimizer_state_forgets_moments_and_step_counts() -> None:
     assert optimizer.state[b]["step"] == 6
 
 
-def test_make_strategy() -> None:
+def test_make_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     from autolora.strategies.autolora import AutoLoRA
     from autolora.strategies.uniform import Options, Uniform
 
@@ -274,5 +278,6 @@ def test_make_strategy() -> None:
     assert isinstance(made, Uniform)
     assert (made.budget, made.max_rank) == (Budget(rank=3), 5)
     assert isinstance(make_strategy("autolora", AutoLoRA.Options(), budget=Budget(), max_rank=1), AutoLoRA)
-    with pytest.raises(ConfigError, match=r"expected one subclass of Strategy in autolora\.strategies\.base"):
-        make_strategy("base", Options(), budget=Budget(), max_rank=1)
+    monkeypatch.setitem(sys.modules, "autolora.strategies.empty", ModuleType("autolora.strategies.empty"))
+    with pytest.raises(ConfigError, match=r"strategy\.name=empty: expected one subclass of Strategy .* found none"):
+        make_strategy("empty", Options(), budget=Budget(), max_rank=1)

@@ -22,7 +22,7 @@ Construction = Callable[[Lexicon, str, Random], list[Marked]]
 def _cross(template: str, first: tuple[str, str], second: tuple[str, str], **common: str) -> list[Marked]:
     """The template with each of two choices for ``{a}`` and ``{b}``, which must go together."""
     return [
-        (sentence(fill(template, a=first[i], b=second[j], **common)), i == j) for i, j in product((0, 1), repeat=2)
+        (sentence(fill(template, a=first[i], b=second[j], **common).strip()), i == j) for i, j in product((0, 1), repeat=2)
     ]
 
 
@@ -125,16 +125,15 @@ _GAP = {
 def _gap(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
     """A question word needs a gap, and a gap a question word."""
     thing = rng.choice(rng.choice(lex.kinds)[1])
-    marked = _cross(
+    return _cross(
         rng.choice(_GAP[split]),
-        ("what", "perhaps"),
+        ("what", ""),
         ("", f" the {thing}"),
         w=rng.choice(lex.women + lex.men),
         n=rng.choice(lex.people),
         v=rng.choice(_TRANSITIVE[split]),
         p=rng.choice(lex.places),
     )
-    return [(text.replace("Perhaps d", "D").replace("Perhaps w", "W"), good) for text, good in marked]
 
 
 _COMPLEMENT = {

@@ -35,7 +35,7 @@ class Space:
         return Claim(text, frozenset(world for world in self.worlds if holds(world)))
 
 
-_DRAWS = 8
+_DRAWS = 32
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = "entailment", "neutral", "contradiction"
 

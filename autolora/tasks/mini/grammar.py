@@ -20,8 +20,8 @@ _ARTICLE = re.compile(r"\b([Aa])n? (\w+)")
 
 _PLURALS = {
     "child": "children", "fish": "fish", "fox": "foxes", "goose": "geese", "knife": "knives", "loaf": "loaves",
-    "man": "men", "mouse": "mice", "peach": "peaches", "person": "people", "salmon": "salmon", "sheep": "sheep",
-    "shelf": "shelves", "thief": "thieves", "trout": "trout", "wolf": "wolves", "woman": "women",
+    "mouse": "mice", "peach": "peaches", "person": "people", "salmon": "salmon", "sheep": "sheep",
+    "shelf": "shelves", "thief": "thieves", "trout": "trout", "wolf": "wolves",
 }  # fmt: skip
 
 # base form -> (past, past participle)
@@ -45,7 +45,7 @@ _IRREGULAR = {
 _DOUBLING = frozenset({
     "beg", "chat", "clap", "drop", "forget", "grab", "grin", "hug", "jog", "nod", "pat", "plan", "rob", "run", "scrub",
     "ship", "shop", "sip", "skip", "slip", "stop", "swim", "trap", "trip", "win", "wrap", "admit", "nap", "hum", "mop",
-    "rub", "pin",
+    "rub", "pin", "kidnap",
 })  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def plural(noun: str) -> str:
     head, _, last = noun.rpartition(" ")
     if last in _PLURALS:
         last = _PLURALS[last]
+    elif last.endswith(("man", "woman")):
+        last = last[:-2] + "en"
     elif last.endswith("y") and last[-2] not in _VOWELS:
         last = last[:-1] + "ies"
     else:

@@ -18,7 +18,7 @@ class Options(StrategyOptions):
 
 
 class Growth(Strategy[Options]):
-    """Every event opens its share of the budget. A new component has a column of B that is 0: the output never jumps."""
+    """Every event opens its share of the budget. The column of B of a new component is 0: the output never jumps."""
 
     Options = Options
 
