@@ -78,7 +78,7 @@ _TRAIN = Lexicon(
     states=pairs(
         "awake/asleep present/absent guilty/innocent employed/unemployed sick/healthy drunk/sober married/single "
         "indoors/outdoors alive/dead lucky/unlucky seated/standing honest/dishonest calm/nervous clean/dirty "
-        "right/wrong happy/unhappy polite/rude awake/asleep busy/idle brave/cowardly careful/careless"
+        "right/wrong happy/unhappy polite/rude busy/idle brave/cowardly careful/careless"
     ),
     orders=pairs(
         "taller/shorter older/younger richer/poorer faster/slower heavier/lighter smarter/dumber happier/sadder "
@@ -111,7 +111,7 @@ _DEV = Lexicon(
         """
     ),
     states=pairs(
-        "visible/hidden wet/dry loyal/disloyal safe/unsafe rich/poor patient/impatient armed/unarmed early/late "
+        "visible/invisible wet/dry loyal/disloyal safe/unsafe rich/poor patient/impatient armed/unarmed early/late "
         "tidy/untidy upstairs/downstairs"
     ),
     orders=pairs("stronger/weaker bigger/smaller louder/quieter thinner/fatter"),
@@ -119,7 +119,7 @@ _DEV = Lexicon(
     deeds=words("sneeze whistle yawn faint retire jump stumble protest"),
     dealings=words("rent draw inherit throw damage collect"),
     places=words("museum theater cellar airport bakery"),
-    looks=words("purple yellow tiny expensive broken shiny"),
+    looks=words("purple yellow tiny expensive cracked shiny"),
 )
 
 _MISMATCHED = Lexicon(
@@ -140,10 +140,10 @@ _MISMATCHED = Lexicon(
         "mortal/immortal free/imprisoned friendly/hostile wild/tame famous/unknown wise/foolish merciful/merciless "
         "blessed/cursed"
     ),
-    orders=pairs("braver/more_cowardly wiser/more_foolish nobler/baser mightier/feebler"),
+    orders=pairs("bolder/more_timid wiser/more_foolish nobler/baser mightier/feebler"),
     acts=words("bewitch betray banish worship curse capture serve wound deceive crown"),
     deeds=words("weep kneel vanish feast rejoice awaken"),
-    dealings=words("forge bury guard sharpen seek"),
+    dealings=words("bury burn polish melt trade"),
     places=words("forest dungeon tower cave village"),
     looks=words("golden silver ancient magical"),
 )

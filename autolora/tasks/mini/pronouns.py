@@ -19,7 +19,7 @@ Claims = tuple[list[Claim], list[Claim]]
 # What is said of a participant: holds of either by itself.
 _REMARKS = {
     "train": words("late tired hungry in_trouble ready lost new_in_town on_holiday bored in_love hurt surprised"),
-    "dev": words("thirsty cold exhausted in_danger homesick short_of_money confused upset"),
+    "dev": words("thirsty cold exhausted under_pressure homesick without_a_job puzzled upset"),
 }
 _SEEMED = {"train": "seemed", "dev": "looked"}
 _MEETINGS: dict[str, tuple[str, ...]] = {
@@ -54,10 +54,10 @@ _CAUSES: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     ),
     "dev": (
         ("{a} protected {b}", ("powerful", "courageous"), ("helpless", "under threat")),
-        ("{a} fed {b}", ("caring", "a good host"), ("starving", "hungry")),
-        ("{a} lost the fight against {b}", ("weaker", "badly trained"), ("stronger", "well trained")),
+        ("{a} fed {b}", ("caring", "hospitable"), ("starving", "underfed")),
+        ("{a} was knocked out by {b}", ("weaker", "outmatched"), ("stronger", "a boxer")),
         ("{a} cheered up {b}", ("friendly", "sympathetic"), ("depressed", "unhappy")),
-        ("{a} admired {b}", ("easily impressed", "a fan"), ("talented", "gifted")),
+        ("{a} admired {b}", ("a devotee", "a fan"), ("talented", "gifted")),
     ),
 }
 

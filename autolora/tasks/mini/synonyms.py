@@ -91,8 +91,8 @@ _DEV = Synonyms(
     ),
     handlings=pairs("examine/inspect collect/gather smash/shatter paint/decorate lose/misplace lift/raise burn/scorch"),
     places=pairs("airport/airfield hotel/inn church/chapel market/bazaar mall/shopping_center theater/playhouse"),
-    traits=pairs("sad/sorrowful scared/afraid funny/humorous honest/truthful stubborn/obstinate poor/penniless"),
-    looks=pairs("tiny/minute empty/vacant shiny/glossy ugly/hideous ancient/very_old strong/sturdy"),
+    traits=pairs("sad/sorrowful fearful/afraid funny/humorous honest/truthful stubborn/obstinate poor/penniless"),
+    looks=pairs("tiny/minute empty/vacant shiny/glossy ugly/hideous ancient/age-old strong/sturdy"),
     converses=pairs("send/receive hand_over/accept"),
     amounts=pairs("three/3 five/5 seven/7 nine/9 twenty/20"),
 )
