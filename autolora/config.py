@@ -175,7 +175,11 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     def effective_scale(self) -> float:
-        """The scale s: as given, or ``alpha / reference_rank`` (rslora: over its square root), or the default."""
+        """The scale s: as given, or what ``alpha`` means at the reference rank, or the default.
+
+        ``alpha / r`` (Hu et al., ICLR 2022, section 4.1), or ``alpha / sqrt(r)`` with rslora (Kalajdzievski, arXiv
+        2312.03732). It stays what it is when ranks change.
+        """
         if self.alpha is None:
             return DEFAULT_SCALE if self.scale is None else self.scale
         assert self.reference_rank is not None

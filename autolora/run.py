@@ -35,6 +35,8 @@ def run_one(cfg: RunConfig) -> RunResult:
     if directory.is_complete() and not cfg.force:
         say(f"complete already: {directory.path} (force=true runs it again)")
         return directory.read_result()
+    if directory.config.exists() and not cfg.force:
+        say(f"an earlier attempt did not finish; starting again in {directory.path}")
     directory.start(cfg)
 
     import lightning.pytorch as pl

@@ -1,6 +1,6 @@
 """The adapted layer, its gates, and handling the adapters of a model together. torch only."""
 
-from autolora.adapters.attach import Adapters, AdapterSettings, attach, find_sites, largest_plan, lora_scale
+from autolora.adapters.attach import Adapters, AdapterSettings, attach, find_sites, largest_plan
 from autolora.adapters.canonical import canonicalize, singular_values
 from autolora.adapters.compact import compact
 from autolora.adapters.gates import FixedGate, Gate, SelectorGate
@@ -20,6 +20,5 @@ __all__ = [
     "compact",
     "find_sites",
     "largest_plan",
-    "lora_scale",
     "singular_values",
 ]

@@ -58,19 +58,6 @@ def stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def lora_scale(alpha: float, reference_rank: int, *, rslora: bool = False) -> float:
-    """The scale s that ``alpha`` means at a reference rank.
-
-    ``alpha / r`` (Hu et al., ICLR 2022, section 4.1), or ``alpha / sqrt(r)`` (rsLoRA: Kalajdzievski, arXiv 2312.03732).
-
-    Raises:
-        ValueError: if the reference rank is below 1.
-    """
-    if reference_rank < 1:
-        raise ValueError(f"reference_rank: expected a rank >= 1, got {reference_rank}")
-    return alpha / (reference_rank**0.5 if rslora else reference_rank)
-
-
 class Adapters:
     """Handle on the adapters of one model: a name for each, and operations on all of them.
 

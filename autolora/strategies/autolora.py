@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from autolora.plan import RankPlan, rank_by_score, spend
+from autolora.plan import RankPlan, even_order, rank_by_score, spend
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
 
 if TYPE_CHECKING:
@@ -149,8 +149,15 @@ class AutoLoRA(Strategy[Options]):
         adapters = super().attach(model, settings)
         self.gates: dict[str, SelectorGate] = {name: layer.gate for name, layer in adapters.layers.items()}  # type: ignore[misc]
         self.owners = [name for name, layer in adapters.layers.items() for _ in range(layer.rank)]
-        device = next(model.parameters()).device
-        self.costs = torch.tensor([float(adapters.sites[name].cost) for name in self.owners], device=device)
+        self.phase: Phase = "warmup"
+        return adapters
+
+    def begin(self, total_steps: int, optimizer: Optimizer) -> None:
+        """Lay out the phases over the run."""
+        import torch
+
+        device = self.adapters.gate_parameters()[0].device if self.gates else None  # training may have moved the model
+        self.costs = torch.tensor([float(self.adapters.sites[name].cost) for name in self.owners], device=device)
         self.integral = torch.tensor(0.0, device=device)
         self.price = torch.tensor(0.0, device=device)
         self.price_unit = torch.tensor(1.0, device=device)
@@ -158,18 +165,13 @@ class AutoLoRA(Strategy[Options]):
         self.initial_loss = torch.tensor(0.0, device=device)
         self.probability_sum = torch.zeros_like(self.costs)
         self.watched = 0
-        self.phase: Phase = "warmup"
-        return adapters
-
-    def begin(self, total_steps: int, optimizer: Optimizer) -> None:
-        """Lay out the phases over the run."""
         phases = self.options.phases
         self.listen_from = round(phases.warmup * total_steps)
         self.settle_from = min(total_steps, round((phases.warmup + phases.prune) * total_steps))
         self.prune_from = self.listen_from + max(1, round(_LISTEN * (self.settle_from - self.listen_from)))
         self.calibration = max(1, total_steps // 100)
         self.losses_seen = self.step_seen = 0
-        if self.listen_from == 0:
+        if self.listen_from == 0 and self.gates:
             self._begin_listening(optimizer)
 
     # During training -------------------------------------------------------------------------------------------------
@@ -182,10 +184,12 @@ class AutoLoRA(Strategy[Options]):
         return self.price * self._expected_share() if self.phase == "prune" else None
 
     def after_backward(self) -> None:
-        """Listen to the gates: the mean square of their gradients."""
+        """Listen to the gates: sum the squares of their gradients."""
         if self.phase == "listen":
             gradients = self._flat(lambda gate: gate.logits.grad if gate.logits.grad is not None else 0 * gate.logits)
             self.squared_gradient += gradients.detach().square()
+            for gate in self.gates.values():
+                gate.logits.grad = None  # listening moves no selector, and has no part in the norm that clipping sees
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Move the price, and go from phase to phase."""
@@ -195,7 +199,7 @@ class AutoLoRA(Strategy[Options]):
             if step > self.settle_from - _HOLD * (self.settle_from - self.prune_from):
                 self.probability_sum += self._flat(lambda gate: gate.probability()).detach()
                 self.watched += 1
-        if self.phase == "warmup" and step >= self.listen_from:
+        if self.phase == "warmup" and step >= self.listen_from and self.gates:
             self._begin_listening(optimizer)
         if self.phase == "listen" and step >= self.prune_from:
             self._begin_pruning(optimizer)
@@ -284,7 +288,9 @@ class AutoLoRA(Strategy[Options]):
         if self.allowance is None:
             masks = {name: mean > self.gates[name].threshold for name, mean in means.items()}
         else:
-            plan = spend(rank_by_score(self.owners, flat.tolist()), self.largest, self.allowance)
+            judged = self.phase == "prune"  # training may have ended before
+            order = rank_by_score(self.owners, flat.tolist()) if judged else even_order(self.largest)
+            plan = spend(order, self.largest, self.allowance)
             masks = {name: _top(mean, plan[name]) for name, mean in means.items()}
         self.adapters.fix_gates(masks)
         self.phase = "settle"
@@ -297,7 +303,7 @@ class AutoLoRA(Strategy[Options]):
         """One number per component, over all modules in order."""
         import torch
 
-        return torch.cat([read(gate) for gate in self.gates.values()])
+        return torch.cat([read(gate) for gate in self.gates.values()] or [torch.zeros(0)])
 
     @property
     def settled(self) -> bool:

@@ -10,7 +10,8 @@ loop owns data, weights and time, and calls, in this order::
     for every batch of training:
         strategy.heldout_step(batch, heldout, loss_fn) # only if wants_heldout, once per optimizer step
         loss = loss_fn(model, batch)
-        (loss + strategy.penalty(loss)).backward(); strategy.after_backward()  # every gradient of the step is there
+        (loss + strategy.penalty(loss)).backward()     # without a penalty where it is None
+        strategy.after_backward()                      # every gradient of the step is there
         optimizer.step(); strategy.after_step(step, optimizer)
     plan = strategy.finalize(evaluate)                 # gates are fixed 0/1 masks from here on
 

@@ -97,6 +97,9 @@ def rank_heatmap(ranks: Mapping[str, int]) -> Any:
     for y, row in enumerate(grid):
         for x, rank in enumerate(row):
             if rank == rank:  # not NaN
-                axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white", fontsize=8)
+                color = (
+                    "black" if rank > 0.6 * max(cells.values()) else "white"
+                )  # what the cell's own colour leaves legible
+                axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="rank")
     return figure

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from autolora.adapters import LoRALinear, lora_scale
+from autolora.adapters import LoRALinear
+from autolora.config import AdapterConfig
 
 IN, OUT, RANK, ALPHA = 10, 6, 4, 6
 
@@ -18,7 +19,8 @@ IN, OUT, RANK, ALPHA = 10, 6, 4, 6
 def pair(kind: str, rslora: bool) -> tuple[LoRALinear, nn.Module]:
     """Our layer and PEFT's over equal bases, with equal A and B, in double precision."""
     base: nn.Module = Conv1D(OUT, IN) if kind == "conv1d" else nn.Linear(IN, OUT)
-    ours = LoRALinear(copy.deepcopy(base), RANK, scale=lora_scale(ALPHA, RANK, rslora=rslora))
+    scale = AdapterConfig(alpha=float(ALPHA), reference_rank=RANK, rslora=rslora).effective_scale()
+    ours = LoRALinear(copy.deepcopy(base), RANK, scale=scale)
     ours.base_layer.requires_grad_(False)
     model = nn.Sequential()
     model.add_module("linear", base)
@@ -56,7 +58,6 @@ def test_outputs_gradients_and_merged_weights_are_equal(kind: str, rslora: bool)
 
 
 def test_scale_by_hand() -> None:
-    assert lora_scale(16, 8) == 2
-    assert lora_scale(16, 4, rslora=True) == 8
-    with pytest.raises(ValueError, match=r"reference_rank: expected a rank >= 1, got 0"):
-        lora_scale(16, 0)
+    assert AdapterConfig(alpha=16.0, reference_rank=8).effective_scale() == 2
+    assert AdapterConfig(alpha=16.0, reference_rank=4, rslora=True).effective_scale() == 8
+    assert AdapterConfig(scale=0.5).effective_scale() == 0.5

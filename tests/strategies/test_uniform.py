@@ -26,7 +26,7 @@ def test_a_whole_rank_is_that_rank_everywhere(rank: int) -> None:
     assert plan.params == strategy.allowance == adapters.count()["adapter"]
 
 
-@pytest.mark.parametrize("budget", [Budget(rank=2.5), Budget(params=4001), Budget(fraction=0.3)])
+@pytest.mark.parametrize("budget", [Budget(rank=2.5), Budget(params=3001), Budget(fraction=0.3)])
 def test_a_fraction_is_spread_evenly(budget: Budget) -> None:
     strategy = uniform(budget)
     adapters = strategy.attach(make("bert"), AdapterSettings())
@@ -36,7 +36,7 @@ def test_a_fraction_is_spread_evenly(budget: Budget) -> None:
     assert max(plan.values()) - min(plan.values()) <= 1
     assert adapters.attached_plan() == plan
     halves = [sum(plan[name] for name in plan if f"layer.{i}." in name) for i in (0, 1)]
-    assert abs(halves[0] - halves[1]) <= 1
+    assert abs(halves[0] - halves[1]) <= 2
 
 
 def test_without_a_budget_it_has_the_maximum_rank() -> None:

@@ -28,7 +28,13 @@ def small_planted(batch_size: int = 32, seed: int = 0) -> PlantedRegression:
 
 
 def train(
-    problem: PlantedRegression, strategy: Strategy[Any], folder: Path, *, steps: int, rates: Rates = RATES, **trainer: Any
+    problem: PlantedRegression,
+    strategy: Strategy[Any],
+    folder: Path,
+    *,
+    steps: int,
+    rates: Rates = RATES,
+    **trainer: Any,
 ) -> tuple[pl.Trainer, AdapterModule]:
     """Attach and fit through Lightning."""
     strategy.attach(problem.model, AdapterSettings(seed=0))

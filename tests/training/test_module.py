@@ -127,5 +127,3 @@ def test_auto_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -
     for native, expected in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert resolve_precision("auto", "cpu") == expected
-
-

@@ -22,13 +22,14 @@ Construction = Callable[[Lexicon, str, Random], list[Marked]]
 def _cross(template: str, first: tuple[str, str], second: tuple[str, str], **common: str) -> list[Marked]:
     """The template with each of two choices for ``{a}`` and ``{b}``, which must go together."""
     return [
-        (sentence(fill(template, a=first[i], b=second[j], **common).strip()), i == j) for i, j in product((0, 1), repeat=2)
+        (sentence(fill(template, a=first[i], b=second[j], **common).strip()), i == j)
+        for i, j in product((0, 1), repeat=2)
     ]
 
 
 _AGREEMENT = {
-    "train": ("the {a} near the {n} {b} {r} now", "the {a} that the {n} saw {b} {r}", "the {a} behind the {n} {b} {r}"),
-    "dev": ("the {a} next to the {n} {b} {r} again", "the {a} who met the {n} {b} still {r}"),
+    "train": ("the {a} near the {n} {b} {r} now", "my {a} {b} probably {r}", "the young {a} surely {b} {r}"),
+    "dev": ("the {a} next to the {n} {b} {r} again", "her {a} perhaps {b} {r}", "the foreign {a} {b} indeed {r}"),
 }
 _AUXILIARIES = {"train": (("is", "are"), ("was", "were")), "dev": (("has been", "have been"), ("is", "are"))}
 
@@ -77,6 +78,45 @@ def _determiner(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
         v=rng.choice(lex.dealings),
         k=rng.choice(lex.looks),
     )
+
+
+_QUANTIFIERS = {
+    "train": (("every", "several"), ("each", "both"), ("a", "many")),
+    "dev": (("another", "numerous"), ("one", "most"), ("neither", "few")),
+}
+_QUANTITY = {
+    "train": ("{who} {v:ed} {a} {k} {b}", "{who} will {v} {a} {k} {b} in the {p}"),
+    "dev": ("near the {p} {who} {v:ed} {a} {k} {b}", "would {who} {v} {a} {k} {b}?"),
+}
+
+
+def _quantity(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
+    """A quantifier and its noun in number."""
+    noun = rng.choice(rng.choice(lex.kinds)[1])
+    return _cross(
+        rng.choice(_QUANTITY[split]),
+        rng.choice(_QUANTIFIERS[split]),
+        (noun, plural(noun)),
+        who=rng.choice(lex.women + lex.men),
+        v=rng.choice(lex.dealings),
+        k=rng.choice(lex.looks),
+        p=rng.choice(lex.places),
+    )
+
+
+_EXISTENTIAL = {
+    "train": ("there {a} certainly {b} in the {p}", "in the {p} there {a} often {b}"),
+    "dev": ("we heard that there {a} again {b} near the {p}", "at the {p} there {a} now {b}"),
+}
+
+
+def _existential(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
+    """The verb after "there" and the number of what exists."""
+    noun = rng.choice(rng.choice(lex.kinds)[1])
+    look = rng.choice(lex.looks)
+    amount = rng.choice(("two", "three", "some"))
+    things = (f"a {look} {noun}", f"{amount} {look} {plural(noun)}")
+    return _cross(rng.choice(_EXISTENTIAL[split]), rng.choice(_AUXILIARIES[split]), things, p=rng.choice(lex.places))
 
 
 _FORM = {
@@ -137,7 +177,10 @@ def _gap(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
 
 
 _COMPLEMENT = {
-    "train": (("want", "hope", "plan", "decide", "agree", "refuse"), ("enjoy", "avoid", "finish", "dislike", "suggest")),
+    "train": (
+        ("want", "hope", "plan", "decide", "agree", "refuse"),
+        ("enjoy", "avoid", "finish", "dislike", "suggest"),
+    ),
     "dev": (("promise", "offer", "manage", "pretend"), ("keep", "admit", "deny", "imagine")),
 }
 _COMPLEMENT_FRAMES = {
@@ -182,8 +225,10 @@ def _tense(lex: Lexicon, split: str, rng: Random) -> list[Marked]:
     )
 
 
+# One round of blocks. Agreement in its several forms weighs most.
 _CONSTRUCTIONS: tuple[Construction, ...] = (
-    _agreement, _reflexive, _determiner, _form, _arguments, _gap, _complement, _tense,
+    _determiner, _reflexive, _tense, _quantity, _determiner, _reflexive, _agreement, _tense,
+    _determiner, _reflexive, _existential, _form, _arguments, _gap, _complement,
 )  # fmt: skip
 
 

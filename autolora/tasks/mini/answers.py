@@ -42,7 +42,9 @@ _SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _TIMES = {
-    "train": words("on_Monday yesterday at_noon in_March last_week before_dawn in_1990 after_lunch on_Sunday in_spring"),
+    "train": words(
+        "on_Monday yesterday at_noon in_March last_week before_dawn in_1990 after_lunch on_Sunday in_spring"
+    ),
     "dev": words("on_Thursday last_month at_midnight in_October two_hours_ago in_1875 on_Christmas_Eve"),
 }
 _REASONS = {

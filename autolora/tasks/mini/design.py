@@ -8,7 +8,7 @@ each side, :func:`latin` pairs every text exactly once with every label. A model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
@@ -30,9 +30,17 @@ class Space:
     def __init__(self, *sizes: int) -> None:
         self.worlds: list[World] = list(product(*(range(size) for size in sizes)))
 
-    def claim(self, text: str, holds: Callable[[World], bool]) -> Claim:
-        """The claim that ``holds`` states."""
-        return Claim(text, frozenset(world for world in self.worlds if holds(world)))
+    def fact(self, text: str, variable: int, *values: int) -> Claim:
+        """The claim that a variable has one of these values."""
+        return Claim(text, frozenset(world for world in self.worlds if world[variable] in values))
+
+    def some(self, text: str, variables: Sequence[int]) -> Claim:
+        """The claim that one of these variables, at least, is not 0."""
+        return Claim(text, frozenset(world for world in self.worlds if any(world[i] for i in variables)))
+
+    def none(self, text: str, variables: Sequence[int]) -> Claim:
+        """The claim that all of these variables are 0."""
+        return Claim(text, frozenset(world for world in self.worlds if not any(world[i] for i in variables)))
 
 
 _DRAWS = 32
@@ -120,7 +128,7 @@ def _perfect_matching(allowed: list[list[int]], rng: Random) -> list[int] | None
     return [partner[line] for line in range(len(allowed))]
 
 
-def collect(blocks: Iterable[Sequence[Row]] | Iterator[Sequence[Row]], size: int, rng: Random) -> list[Row]:
+def collect(blocks: Iterable[Sequence[Row]], size: int, rng: Random) -> list[Row]:
     """Whole blocks until there are ``size`` rows, shuffled; a block that repeats a known row is left out."""
     seen: set[tuple[str, str | None]] = set()
     rows: list[Row] = []

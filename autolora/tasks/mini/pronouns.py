@@ -21,19 +21,18 @@ _REMARKS = {
     "train": words("late tired hungry in_trouble ready lost new_in_town on_holiday bored in_love hurt surprised"),
     "dev": words("thirsty cold exhausted under_pressure homesick without_a_job puzzled upset"),
 }
-_SEEMED = {"train": "seemed", "dev": "looked"}
 _MEETINGS: dict[str, tuple[str, ...]] = {
     "train": (
-        "{a} met {b} while {p} {v} {r}",
-        "{a} called {b} when {p} {v} {r}",
-        "{a} talked to {b} because {p} {v} {r}",
-        "{a} saw {b} and noticed that {p} {v} {r}",
-        "{a} told {b} that {p} {v} {r}",
+        "{a} met {b} while {p} {r}",
+        "{a} called {b} when {p} {r}",
+        "{a} talked to {b} because {p} {r}",
+        "{a} saw {b} and noticed that {p} {r}",
+        "{a} told {b} that {p} {r}",
     ),
     "dev": (
-        "{a} wrote to {b} at a time when {p} {v} {r}",
-        "{a} went to see {b} since {p} {v} {r}",
-        "{a} reminded {b} that {p} {v} {r}",
+        "{a} wrote to {b} at a time when {p} {r}",
+        "{a} went to see {b} since {p} {r}",
+        "{a} reminded {b} that {p} {r}",
     ),
 }
 # (event, what explains it if it is true of the first, ... of the second)
@@ -64,24 +63,27 @@ _CAUSES: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
 
 def _gender(lex: Lexicon, split: str, rng: Random) -> Claims:
     """A woman and a man: "she" or "he"."""
-    return _agreement(split, (rng.choice(lex.women), rng.choice(lex.men)), ("she", "he"), rng)
+    return _agreement(split, (rng.choice(lex.women), rng.choice(lex.men)), ("she was", "he was"), rng)
 
 
 def _number(lex: Lexicon, split: str, rng: Random) -> Claims:
-    """One person and several: "he" or "they"."""
+    """One person and several: "he was" or "they were"."""
     one, many = rng.sample(lex.people, 2)
-    return _agreement(split, (f"the {one}", f"the {plural(many)}"), (rng.choice(("he", "she")), "they"), rng)
+    singular = rng.choice(("he was", "she was"))
+    return _agreement(split, (f"the {one}", f"the {plural(many)}"), (singular, "they were"), rng)
 
 
-def _agreement(split: str, who: tuple[str, str], pronouns: tuple[str, str], rng: Random) -> Claims:
-    verb = _SEEMED[split]  # one form for singular and plural
+def _agreement(split: str, who: tuple[str, str], clauses: tuple[str, str], rng: Random) -> Claims:
     template, remark = rng.choice(_MEETINGS[split]), rng.choice(_REMARKS[split])
     order = rng.sample((0, 1), 2)
     a, b = (who[i] for i in order)
     premises = [
-        Claim(sentence(fill(template, a=a, b=b, p=pronouns[i], v=verb, r=remark)), frozenset({(i,)})) for i in range(2)
+        Claim(sentence(fill(template, a=a, b=b, p=clause, r=remark)), frozenset({(i,)}))
+        for i, clause in enumerate(clauses)
     ]
-    hypotheses = [Claim(sentence(f"{who[i]} {verb} {remark}"), frozenset({(i,)})) for i in range(2)]
+    hypotheses = [
+        Claim(sentence(f"{who[i]} {clause.split()[1]} {remark}"), frozenset({(i,)})) for i, clause in enumerate(clauses)
+    ]
     return premises, hypotheses
 
 
@@ -102,7 +104,7 @@ def _cause(lex: Lexicon, split: str, rng: Random) -> Claims:
     return premises, hypotheses
 
 
-_FAMILIES: tuple[Callable[[Lexicon, str, Random], Claims], ...] = (_gender, _number, _gender, _number, _cause)
+_FAMILIES: tuple[Callable[[Lexicon, str, Random], Claims], ...] = (_gender, _number, _gender, _cause, _gender)
 
 
 def _label(premise: Claim, hypothesis: Claim) -> int:

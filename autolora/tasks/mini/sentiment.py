@@ -25,7 +25,7 @@ _CONTEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "critics called the {x} {a}, and they were right",
             "I expected a {a} {x}, and that is what I got",
             "it is true that the {x} is {a}",
-            "what a {a} {x}",
+            "you would be right to call the {x} {a}",
         ),
         (
             "the {x} is not {a}",
@@ -36,7 +36,7 @@ _CONTEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "critics called the {x} {a}, but they were wrong",
             "I expected a {a} {x}, but I got the opposite",
             "it is not true that the {x} is {a}",
-            "the {x} isn't {a}",
+            "you would be wrong to call the {x} {a}",
         ),
     ),
     "dev": (
@@ -46,6 +46,8 @@ _CONTEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "my friends said it was {a}, and I agree about the {x}",
             "it really was a {a} {x}",
             "the {x} turned out to be very {a}",
+            "no wonder people describe the {x} as {a}",
+            "describing the {x} as {a} is fair",
         ),
         (
             "I would not say that the {x} was {a}",
@@ -53,6 +55,8 @@ _CONTEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "my friends said it was {a}, but I disagree about the {x}",
             "it never was a {a} {x}",
             "the {x} turned out not to be very {a}",
+            "if only the {x} had been {a}",
+            "describing the {x} as {a} is a lie",
         ),
     ),
 }
@@ -72,8 +76,8 @@ _BLAME = {
 }
 _SUBJECTS = {
     "train": words(
-        "film movie story plot acting script ending dialogue comedy cast music romance thriller sequel drama scene hero "
-        "villain premise soundtrack"
+        "film movie story plot acting script ending dialogue comedy cast music romance thriller sequel drama scene "
+        "hero villain premise soundtrack"
     ),
     "dev": words("documentary performance direction cartoon narrative photography screenplay western"),
 }
