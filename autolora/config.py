@@ -141,7 +141,7 @@ class BackboneConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name to file results under: of the folder or the hub id where one is given, since it may hold any model."""
+        """The name to file results under: of the folder or the hub id where one is given."""
         return self.path.resolve().name if self.path else (self.id or self.name)
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -1,7 +1,8 @@
 """Ways to choose ranks: one idea a file, behind the interface of :mod:`autolora.strategies.base`.
 
-A strategy is found by its name: ``strategy=NAME`` is the module ``autolora.strategies.NAME``, which has a pydantic model
-``Options`` and one subclass of :class:`~autolora.strategies.base.Strategy`; ``conf/strategy/NAME.yaml`` has its defaults.
+A strategy is found by its name: ``strategy=NAME`` is the module ``autolora.strategies.NAME``, which has a pydantic
+model ``Options`` and one subclass of :class:`~autolora.strategies.base.Strategy`; ``conf/strategy/NAME.yaml`` holds its
+defaults.
 """
 
 from __future__ import annotations

@@ -141,8 +141,6 @@ class AutoLoRA(Strategy[Options]):
 
     def attach(self, model: nn.Module, settings: AdapterSettings) -> Adapters:
         """Adapters of maximum rank whose selectors are open and wait."""
-        import torch
-
         from autolora.adapters.attach import stream
 
         self.noise = stream(settings.seed, "selector noise")

@@ -6,7 +6,7 @@ Teacher and student are the same small residual network,
 
 with frozen gaussian weights W. The teacher's weights are ``W + dW``, where dW of each module has a rank that is given
 and singular values that are given; the student starts from W and learns the rest through its adapters. Inputs are
-fresh standard gaussians, the loss is the mean squared error. A strategy that works gives each module the rank of its dW.
+fresh standard gaussians, the loss is the mean squared error. A strategy that works finds the ranks of dW.
 """
 
 from __future__ import annotations
