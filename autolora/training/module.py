@@ -112,7 +112,8 @@ class AdapterModule(pl.LightningModule):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss became {float(loss.detach())} at step {self.steps_done + 1}; the last good state is "
-                f"that of step {self.last_good[0]}. Lower optim.adapter.lr and optim.head.lr, or set trainer.precision=32-true"
+                f"that of step {self.last_good[0]}. Lower optim.adapter.lr or optim.head.lr, or use "
+                "trainer.precision=32-true"
             )
         self.last_loss = loss.detach()
         self.examples_seen += len(batch["labels"])
