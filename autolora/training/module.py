@@ -111,8 +111,8 @@ class AdapterModule(pl.LightningModule):
         loss = self.problem.loss(self.model, batch)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"the training loss became {float(loss.detach())} at step {self.steps_done + 1}; the last good state is "
-                f"that of step {self.last_good[0]}. Lower optim.adapter.lr or optim.head.lr, or use "
+                f"the training loss became {float(loss.detach())} at step {self.steps_done + 1}; the last good state "
+                f"is that of step {self.last_good[0]}. Lower optim.adapter.lr or optim.head.lr, or use "
                 "trainer.precision=32-true"
             )
         self.last_loss = loss.detach()

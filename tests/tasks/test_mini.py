@@ -39,7 +39,18 @@ from autolora.tasks.records import Split
 PAIRS = [name for name, task in GLUE.items() if len(task.fields) == 2]
 SPLITS = [(name, split) for name, task in GLUE.items() for split in ("train", "dev", *task.extra_dev)]
 
-PINNED: dict[str, str] = dict.fromkeys(GLUE, "")
+# SHA-256 of all splits of a task, seed 0: a change of the rows is a change of every number measured on them.
+PINNED = {
+    "cola": "b26caf46d6ca9709eeab50c3f8a9ddf25dfe00edf5b8103d19ad81690fcad6c1",
+    "sst2": "7a92de25fb3463473b8689047c71c57c9838d58328a84d23b8ef4b9e29174678",
+    "mrpc": "3ecfc634cbf601817786fbc8b711991499d5b54bfa337b55d7f4f784832186b9",
+    "stsb": "41b06f0ea24ec5c209d0dc98cd2c879e22bbad2b157680c584cf5a6c491f308f",
+    "qqp": "631f798d97021d9be5b2badd096081d2b27e7b8a5ffac55b4f4cd23bb4869e62",
+    "mnli": "b7d2d5125ddb0bce02fe2802572db7e0002ed44e6de37ea0e9211e9193c2268c",
+    "qnli": "a6282f1078264979adaa65f1bc3d2ab7ff62c745be168dfb94bcb029c8115aa3",
+    "rte": "2753003efeb7887b6dd694de51e0a3ed24dd587be3a1f1e4a84683d188992cbd",
+    "wnli": "8f6c167fccdeac021905ebcbd8c088b6d159dd48a158f58b6162b765a291c6b0",
+}
 
 # Closed-class words, and the few words of templates, that train and dev may share.
 CLOSED = frozenset(
@@ -274,9 +285,9 @@ def test_a_latin_design_needs_a_partner_for_everyone() -> None:
     [
         ("{x:s} and {y:s}", {"x": "city", "y": "fisherman"}, "cities and fishermen"),
         ("{x:s}", {"x": "police officer"}, "police officers"),
-        ("{v:ed} {w:ed} {u:ed}", {"v": "stop", "w": "buy", "u": "carry"}, "stopped bought carried"),
+        ("{v:ed} {w:ed} {u:ed}", {"v": "grab", "w": "buy", "u": "carry"}, "grabbed bought carried"),
         ("{v:en} {w:en}", {"v": "steal", "w": "hand over"}, "stolen handed over"),
-        ("{v:ing} {w:ing} {u:3}", {"v": "make", "w": "swim", "u": "cry"}, "making swimming cries"),
+        ("{v:ing} {w:ing}", {"v": "take part", "w": "swim"}, "taking part swimming"),
         (
             "a {x}, a {y} and a {z}",
             {"x": "owl", "y": "unicorn", "z": "honest man"},

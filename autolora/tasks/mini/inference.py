@@ -1,4 +1,4 @@
-"""MNLI: families of claims about one small situation, paired by their computed relation. No torch.
+"""MNLI and RTE: families of claims about one small situation, paired by their computed relation. No torch.
 
 Each family draws words, lays out the possible worlds, and gives the premises and hypotheses of one block.
 """
@@ -40,12 +40,6 @@ FINDINGS: dict[str, tuple[str, ...]] = {
 }
 _MNLI = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 2}
 _RTE = {ENTAILMENT: 0, NEUTRAL: 1, CONTRADICTION: 1}
-
-
-def _state(rng: Random, who: str, verb: str, pair: tuple[str, str], holds: bool) -> str:
-    """That someone is in a state, said by the state's name or by denying its opposite."""
-    named, other = pair if holds else pair[::-1]
-    return say(rng, ("{who} {verb} {named}", "{who} {verb} not {other}"), who=who, verb=verb, named=named, other=other)
 
 
 def _square(space: Space, text: Callable[[int, int], str]) -> list[Claim]:

@@ -67,7 +67,7 @@ _TRAIN = Lexicon(
         """
         animal: dog cat horse cow pig goat rabbit sheep donkey
         fruit: apple banana pear peach lemon cherry melon
-        vehicle: car truck bus van taxi tractor
+        vehicle: car truck bus train bicycle tractor
         tool: hammer saw drill shovel wrench axe
         garment: shirt jacket sweater skirt scarf coat
         toy: doll puzzle kite balloon yo-yo
@@ -106,7 +106,7 @@ _DEV = Lexicon(
         bird: parrot owl sparrow pigeon eagle
         flower: rose tulip lily daisy orchid
         instrument: violin guitar flute piano trumpet
-        piece of furniture: table sofa bed desk shelf
+        piece of furniture: wardrobe sofa bed desk shelf
         boat: canoe ferry yacht raft
         """
     ),

@@ -70,7 +70,7 @@ STATEMENTS: dict[str, tuple[Scheme, ...]] = {
     "dev": (
         _scheme("it was the {p} who {v:ed} the {t} at the {l}", "the {t} at the {l} had been {v:en} by the {p}",
                 "p=people v=handlings t=things l=places"),
-        _scheme("last night a {a} {v:ed} a {b}", "a {b} got {v:en} by a {a} last night", "v=acts", "", "people"),
+        _scheme("last night a {a} {v:ed} a {b}", "a {b} was {v:en} by a {a} last night", "v=acts", "", "people"),
         _scheme("{n} {k} {t:s} were on show at the {l}", "the {l} showed {n} {t:s} that were {k}",
                 "k=looks t=things l=places", "n=amounts"),
         _scheme("on Monday the {a} {v:ed} a {t} to the {b}", "the {b} {v:ed} a {t} from the {a} on Monday", "t=things",
@@ -177,7 +177,7 @@ def qqp(split: str, rng: Random) -> Iterator[list[Row]]:
 
 
 def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
-    """Statements scored by the weight of the contrasts in which they agree, from 0 (none) to 5 (all).
+    """Statements scored by the share of contrasts in which they agree, from 0 (none) to 5 (all).
 
     A block pairs a content and its complement with those two and with another content and its complement, all eight
     ways: the scores of each sentence add up to the same total.

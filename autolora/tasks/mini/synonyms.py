@@ -60,7 +60,7 @@ _TRAIN = Synonyms(
     ),
     handlings=pairs(
         "repair/fix buy/purchase find/discover destroy/demolish clean/wash steal/swipe throw/toss hide/conceal "
-        "build/construct sell/trade_away sketch/draw grab/seize want/desire move/shift "
+        "sell/peddle sketch/draw grab/seize want/desire move/shift "
         "mail/post guard/protect"
     ),
     places=pairs(
