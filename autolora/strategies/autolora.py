@@ -83,8 +83,8 @@ class SparsityOptions(StrategyOptions):
     """
 
     weight: float = Field(default=0.01, ge=0)
-    ascent: float = Field(default=15.0, ge=0)
-    gain: float = Field(default=30.0, ge=0)
+    ascent: float = Field(default=300.0, ge=0)
+    gain: float = Field(default=100.0, ge=0)
 
 
 class PhaseOptions(StrategyOptions):

@@ -106,21 +106,21 @@ QUESTIONS: dict[str, tuple[Scheme, ...]] = {
 
 
 class Content:
-    """A scheme with its words drawn."""
+    """A scheme with its words drawn; ``plain`` is the chance that a value has one word for both wordings."""
 
-    def __init__(self, scheme: Scheme, words: Synonyms, rng: Random) -> None:
+    def __init__(self, scheme: Scheme, words: Synonyms, rng: Random, plain: float = 0.0) -> None:
         self.frames = (scheme.left, scheme.right)
         self.contrasts: list[Contrast] = []
         self.common: Value = ({}, {})
         for slot, name in scheme.vary.items():
             first, second = rng.sample(_entries(words, name), 2)
-            self.contrasts.append((_value((slot,), (first,), rng), _value((slot,), (second,), rng)))
+            self.contrasts.append((_value((slot,), (first,), rng, plain), _value((slot,), (second,), rng, plain)))
         for slot, name in scheme.fixed.items():
             for side, word in enumerate(rng.choice(_entries(words, name))):
                 self.common[side][slot] = word
         if scheme.swap:
             first, second = rng.sample(_entries(words, scheme.swap), 2)
-            straight = _value(("a", "b"), (first, second), rng)
+            straight = _value(("a", "b"), (first, second), rng, plain)
             crossed = tuple({"a": slots["b"], "b": slots["a"]} for slots in straight)
             self.contrasts.append((straight, (crossed[0], crossed[1])))
 
@@ -144,12 +144,14 @@ def _entries(words: Synonyms, name: str) -> Pairs:
     return entries
 
 
-def _value(slots: tuple[str, ...], entries: Sequence[tuple[str, str]], rng: Random) -> Value:
+def _value(slots: tuple[str, ...], entries: Sequence[tuple[str, str]], rng: Random, plain: float) -> Value:
     """The two wordings of these entries; which word of an entry stands on the left is a toss."""
     left: Slots = {}
     right: Slots = {}
     for slot, entry in zip(slots, entries, strict=True):
         left[slot], right[slot] = rng.sample(entry, 2)
+        if plain and rng.random() < plain:
+            right[slot] = left[slot]
     return left, right
 
 
@@ -176,6 +178,10 @@ def qqp(split: str, rng: Random) -> Iterator[list[Row]]:
     return _equivalence(QUESTIONS[split], split, rng)
 
 
+# Common words tell something of similarity, as they do in real pairs, but not most of it.
+_PLAIN = 0.3
+
+
 def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
     """Statements scored by the share of contrasts in which they agree, from 0 (none) to 5 (all).
 
@@ -184,7 +190,7 @@ def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
     """
     while True:
         for number, scheme in enumerate(STATEMENTS[split]):
-            content = Content(scheme, SYNONYMS[split], rng)
+            content = Content(scheme, SYNONYMS[split], rng, _PLAIN)
             if len(content.contrasts) < 3:
                 continue
             one, other = content.two(rng)
