@@ -179,20 +179,19 @@ def qqp(split: str, rng: Random) -> Iterator[list[Row]]:
 
 
 # Common words tell something of similarity, as they do in real pairs, but not most of it.
-_PLAIN = 0.3
+_PLAIN = 0.2
 
 
 def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
     """Statements scored by the share of contrasts in which they agree, from 0 (none) to 5 (all).
 
     A block pairs a content and its complement with those two and with another content and its complement, all eight
-    ways: the scores of each sentence add up to the same total.
+    ways; or two contents of different schemes with each other and themselves. The scores of every sentence average 2.5.
     """
+    schemes = [scheme for scheme in STATEMENTS[split] if len(scheme.vary) >= 3]
     while True:
-        for number, scheme in enumerate(STATEMENTS[split]):
+        for number, scheme in enumerate(schemes):
             content = Content(scheme, SYNONYMS[split], rng, _PLAIN)
-            if len(content.contrasts) < 3:
-                continue
             one, other = content.two(rng)
             left = (one, _complement(one))
             right = (*left, other, _complement(other))
@@ -201,6 +200,9 @@ def stsb(split: str, rng: Random) -> Iterator[list[Row]]:
                 Row(content.text(order[0], a), content.text(order[1], b), _similarity(a, b), f"scheme {number}")
                 for a, b in product(left, right)
             ]
+            topics = [Content(drawn, SYNONYMS[split], rng, _PLAIN) for drawn in rng.sample(schemes, 2)]
+            told = [[topic.text(side, (0,) * len(topic.contrasts)) for topic in topics] for side in order]
+            yield [Row(told[0][i], told[1][j], 5.0 if i == j else 0.0, "topics") for i, j in product((0, 1), repeat=2)]
 
 
 def _complement(bits: Bits) -> Bits:
