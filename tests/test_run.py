@@ -205,6 +205,16 @@ def test_wandb_is_finished_after_a_failure(configure: Any) -> None:
     assert not (run_folder / "result.json").exists()
 
 
+def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:
+    from autolora.run import make_problem
+
+    problem = make_problem(configure("task=stsb", "data.source=mini", "data.dir=null", "data.max_train=200"))
+    problem.build()
+    scores = problem.splits["fit"].labels  # type: ignore[attr-defined]
+    bias = problem.model.get_parameter("classifier.bias")
+    assert float(bias) == pytest.approx(sum(scores) / len(scores))
+
+
 def test_streams_of_a_seed_are_separate() -> None:
     seeds = {seed_for(seed, stream) for seed in range(50) for stream in ("data", "head", "adapters", "training")}
     assert len(seeds) == 200

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autolora.backbones import load_backbone
+from autolora.backbones import head_modules, load_backbone
 from autolora.plan import Budget
 from autolora.strategies.base import Batch
 from autolora.tasks.glue import GlueTask
 from autolora.tasks.metrics import compute
 from autolora.tasks.records import Split
-from autolora.training.data import HELDOUT, TextDataModule
+from autolora.training.data import FIT, HELDOUT, TextDataModule
 from autolora.training.problem import Outputs, Problem, Scores
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class TextProblem(Problem):
             head_seed=settings.head_seed,
         )
         self.model = self.pretrained.model
+        if self.task.regression:
+            centre_head(self.model, float(statistics.fmean(self.splits[FIT].labels)))
         self.datamodule: TextDataModule = TextDataModule(
             self.splits,
             self.pretrained.tokenizer,
@@ -133,3 +137,16 @@ class TextProblem(Problem):
             values |= {prefix + name: value for name, value in result.values.items()}
             notes += [f"{split}: {note}" for note in result.notes]
         return Scores(self.task.primary, values[self.task.primary], values, notes=notes)
+
+
+def centre_head(model: nn.Module, mean: float) -> None:
+    """Start a regression head at the mean score of the training rows.
+
+    From 0 the first hundred steps would all push one way, which can saturate what lies below the head and leave a
+    constant predictor. Heads without a bias are left as they are.
+    """
+    for name in head_modules(model):
+        linears = [module for module in model.get_submodule(name).modules() if isinstance(module, nn.Linear)]
+        if linears and linears[-1].bias is not None:
+            with torch.no_grad():
+                linears[-1].bias.fill_(mean)
