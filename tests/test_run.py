@@ -212,7 +212,7 @@ def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:
     problem.build()
     scores = problem.splits["fit"].labels  # type: ignore[attr-defined]
     bias = problem.model.get_parameter("classifier.bias")
-    assert float(bias) == pytest.approx(sum(scores) / len(scores))
+    assert bias.item() == pytest.approx(sum(scores) / len(scores))
 
 
 def test_streams_of_a_seed_are_separate() -> None:
