@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,28 @@ def test_wandb_is_finished_after_a_failure(configure: Any) -> None:
     assert wandb.run is None
     (run_folder,) = cfg.run_root.iterdir()
     assert not (run_folder / "result.json").exists()
+
+
+def test_two_processes_write_one_run(tiny_bert_dir: Path, sst2: Path, tmp_path: Path) -> None:
+    """The real command with ddp on two CPU processes: one speaks and writes, and the budget holds."""
+    command = [
+        sys.executable, "-m", "autolora.train", "task=sst2", "data.source=local", f"data.dir={sst2}",
+        f"data.cache_dir={tmp_path / 'cache'}", f"backbone.path={tiny_bert_dir}", f"run_root={tmp_path / 'runs'}",
+        "logger=csv", "max_rank=4", "budget.rank=2", "trainer.accelerator=cpu", "trainer.precision=32-true",
+        "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=12",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("trainable parameters") == 1
+    assert done.stdout.count("written to") == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    result = RunResult.model_validate_json((run / "result.json").read_text())
+    assert result.params.budget is not None
+    assert 0 < result.params.adapter <= result.params.budget
+    assert result.steps == 12
+    steps = [int(row["step"]) for row in csv.DictReader((run / "history.csv").open())]
+    assert steps == sorted(set(steps))  # rows of one process
 
 
 def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:
