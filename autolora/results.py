@@ -195,7 +195,7 @@ class RunDirectory:
 
     def write_predictions(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write ``predictions.csv``."""
-        with _replacing(self.predictions) as file:
+        with replacing(self.predictions) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             writer.writerows(rows)
@@ -282,16 +282,16 @@ def write_json_atomic(path: Path, data: Any) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a text file as a whole, or not at all."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
+def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

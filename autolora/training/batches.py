@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from autolora.errors import DataError
+from autolora.results import replacing
 from autolora.tasks.records import Split
 
 if TYPE_CHECKING:
@@ -137,14 +136,8 @@ def _write_cache(file: Path, tokens: Tokens) -> None:
     if tokens.types is not None:
         arrays["types"] = tokens.types
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **arrays)
-        os.replace(draft, file)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with replacing(file, binary=True) as stream:
+        np.savez(stream, **arrays)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from autolora.errors import NonFiniteLossError
+from autolora.results import replacing
 from autolora.training.callbacks import HeldoutChoice
 from autolora.training.module import AdapterModule
 from autolora.training.problem import Problem
@@ -79,12 +79,8 @@ def fit(trainer: pl.Trainer, module: AdapterModule, problem: Problem, choice: He
 def save_state(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, in place of what was there only when all is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in state.items()}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, binary=True) as file:
+        file.write(save({name: tensor.contiguous().cpu() for name, tensor in state.items()}))
 
 
 def _quiet() -> None:
