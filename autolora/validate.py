@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -72,7 +73,8 @@ def validate(raw: Mapping[str, Any], typed: Mapping[str, str] | None = None) -> 
         _, conflicts = _try(RunConfig, _without(tree, wrong) | stand_in)
         found += [problem for problem in conflicts if not any(_touches(key, wrong) for key in problem.among)]
     if found:
-        return None, list(dict.fromkeys(_line(problem, tree, typed or {}) for problem in found))
+        keys = known_keys(tree)
+        return None, list(dict.fromkeys(_line(problem, tree, typed or {}, keys) for problem in found))
     return config, []
 
 
@@ -86,6 +88,35 @@ def require(raw: Mapping[str, Any]) -> RunConfig:
     if config is None:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
+    """The ``key=value ...`` of a small command line, as a model; values are written as in YAML.
+
+    Raises:
+        ConfigError: with every fault, a line each.
+    """
+    tree: dict[str, Any] = {}
+    typed: dict[str, str] = {}
+    faults = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        try:
+            tree[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            tree[key] = value
+        if not equals:
+            del tree[key]
+            faults.append(f"{argument}: expected key=value")
+        elif key in typed:
+            faults.append(f"{argument}: {key} is given twice")
+        else:
+            typed[key] = argument
+    settings, problems = _try(model, tree)
+    faults += [_line(problem, tree, typed, list(model.model_fields)) for problem in problems]
+    if settings is None or faults:
+        raise ConfigError("\n".join(faults))
+    return settings
 
 
 def strategy_options(name: str) -> type[BaseModel]:
@@ -217,7 +248,7 @@ def _without(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 # Saying them ---------------------------------------------------------------------------------------------------------
 
 
-def _line(problem: _Problem, tree: Mapping[str, Any], typed: Mapping[str, str]) -> str:
+def _line(problem: _Problem, tree: Mapping[str, Any], typed: Mapping[str, str], keys: Sequence[str]) -> str:
     if problem.said:
         return problem.said
     value = _get(tree, problem.key)
@@ -226,7 +257,7 @@ def _line(problem: _Problem, tree: Mapping[str, Any], typed: Mapping[str, str]) 
         return f"{problem.key}: expected a value, got none"
     if problem.kind == "unknown":
         key = next((key for key in typed if key.startswith(problem.key + ".")), problem.key)
-        return f"{written}: unknown key {key}; {_suggestion(key, known_keys(tree))}"
+        return f"{written}: unknown key {key}; {_suggestion(key, keys)}"
     hint = ""
     if isinstance(value, str) and problem.expected.startswith("one of "):
         close = nearest(value, problem.expected.removeprefix("one of ").split(", "))
