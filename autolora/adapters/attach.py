@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from autolora.adapters.gates import FixedGate, Gate
+from autolora.adapters.gates import FixedGate, Gate, SelectorGate
 from autolora.adapters.layer import Init, LoRALinear
 from autolora.adapters.linear_like import site_of
 from autolora.adapters.select import Targets, match_modules, match_ranks, select, under
+from autolora.adapters.shared import share_inputs
 from autolora.errors import PlanError, TargetError
 from autolora.plan import RankPlan, Site
 from autolora.roles import outermost_heads
@@ -85,6 +86,7 @@ class Adapters:
             layer.train(layer.base_layer.training)
             _replace(model, layer.base_layer, layer)
             assert model.get_submodule(name) is layer
+        share_inputs(layers)
 
     # What is trained -------------------------------------------------------------------------------------------------
 
@@ -111,11 +113,15 @@ class Adapters:
         return {name: state[name].detach().clone() for name in self._trainable_names(state)}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`trainable_state` gave.
+        """Put back what :meth:`trainable_state` gave, also if adapters have been compacted since they were attached.
+
+        A module that the state knows with fewer components, or not at all, is cut down to that: A and B are new
+        parameters then, so an optimizer is made afterwards.
 
         Raises:
-            ValueError: if the state is of another model or of other ranks.
+            ValueError: if the state is of another model or of larger ranks.
         """
+        self._cut_down_to(state)
         here = self.model.state_dict(keep_vars=True)
         missing = [name for name in self._trainable_names(here) if name not in state]
         unexpected = [name for name in state if name not in here]
@@ -125,6 +131,22 @@ class Adapters:
             text = "; it ".join(f"{what} {', '.join(names[:5])}" for what, names in faults.items() if names)
             raise ValueError(f"the state does not fit the model (same targets, ranks and gates expected): it {text}")
         self.model.load_state_dict(dict(state), strict=False)
+
+    def _cut_down_to(self, state: Mapping[str, Tensor]) -> None:
+        """Fewer components where the state has fewer; a state that knows other modules is left to be refused."""
+        masks = {f"{name}.gate.mask" for name in self.layers}
+        if not set(state) <= set(self.model.state_dict()) | masks:
+            return
+        known = {key.removesuffix(".lora_A"): len(tensor) for key, tensor in state.items() if key.endswith(".lora_A")}
+        for name, layer in list(self.layers.items()):
+            if name not in known:
+                self.remove(name)
+                continue
+            rank = min(known[name], layer.rank)
+            if f"{name}.gate.mask" in state and (rank < layer.rank or isinstance(layer.gate, SelectorGate)):
+                layer.lora_A = nn.Parameter(layer.lora_A.detach()[:rank].clone())
+                layer.lora_B = nn.Parameter(layer.lora_B.detach()[:, :rank].clone())
+                layer.gate = FixedGate(rank).to(layer.lora_A.device)
 
     def _trainable_names(self, state: Mapping[str, Tensor]) -> list[str]:
         owners = [*(f"{name}.gate" for name in self.layers), *self.fully_trained]
@@ -236,6 +258,7 @@ class Adapters:
         layer = self.layers.pop(name)
         layer.unmerge()
         _replace(self.model, layer, layer.base_layer)
+        share_inputs(self.layers)
 
     def detach(self) -> nn.Module:
         """Remove every adapter and restore what was trained: the model as it was, bit for bit."""

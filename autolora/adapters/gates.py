@@ -36,6 +36,7 @@ class FixedGate(nn.Module):
         super().__init__()
         self.register_buffer("mask", torch.ones(rank))
         self._open = True
+        self._components: Tensor | None = None
         if mask is not None:
             self.set_mask(mask)
 
@@ -47,12 +48,27 @@ class FixedGate(nn.Module):
         """
         if mask.shape != self.mask.shape:
             raise ValueError(f"mask: expected shape {tuple(self.mask.shape)}, got {tuple(mask.shape)}")
-        self._open = bool(mask.all())  # known here, so that forward need not ask the device
         self.mask.copy_(mask != 0)
+        self._notice()
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._notice()
+
+    def _notice(self) -> None:
+        """Keep what the mask says where forward need not ask the device."""
         self._open = bool(self.mask.all())
+        self._components = None if self._open else self.mask.nonzero().flatten()
+
+    def remaining(self) -> Tensor | None:
+        """Indices of the components that are not switched off, or ``None`` when all are on."""
+        if self._components is not None and self._components.device != self.mask.device:
+            self._components = self._components.to(self.mask.device)
+        return self._components
+
+    def active(self, gate: Tensor | None) -> Tensor | None:
+        """Whether a component is on does not change with the input: see :meth:`remaining`."""
+        return None
 
     def forward(self) -> Tensor | None:
         """The mask, or ``None`` when it is all ones."""
@@ -159,6 +175,21 @@ class SelectorGate(nn.Module):
     def learn(self) -> None:
         """Gate with the logits, and let them learn."""
         self.learning = True
+
+    def remaining(self) -> Tensor | None:
+        """Indices of the components that a fixed mask leaves on; ``None`` for all, and while the selector learns."""
+        return None if self.learning else self.fixed.remaining()
+
+    def active(self, gate: Tensor | None) -> Tensor | None:
+        """Indices of the components that this value of the gate does not switch off; ``None`` for all.
+
+        A gate that is hard 0 needs no more of its component than the gradient of B. On an accelerator the indices would
+        have to be waited for, which costs more than they save.
+        """
+        if gate is None or self.form != "straight_through" or gate.device.type != "cpu":
+            return None
+        found = gate.detach().nonzero().flatten()
+        return None if len(found) == len(gate) else found
 
     def evaluation_gate(self) -> Tensor:
         """The gate that evaluation applies, shape ``(r,)``: the noise-free value above the threshold, else 0."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autolora.adapters.function import Adapted, adapted_linear
 from autolora.adapters.gates import FixedGate, Gate, SelectorGate
-from autolora.adapters.linear_like import site_of, weight_is_transposed
+from autolora.adapters.linear_like import is_conv1d, site_of, weight_is_transposed
+from autolora.adapters.shared import SharedInput
 from autolora.errors import TargetError
 from autolora.plan import Site
 
@@ -69,6 +71,7 @@ class LoRALinear(nn.Module):
     """
 
     scale: float | nn.Parameter
+    shared: SharedInput | None = None
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class LoRALinear(nn.Module):
         self.dropout_p = dropout
         self.enabled = True
         self._original_weight: list[nn.Parameter] = []  # a list, so that the module does not register it
+        self._cast_weight: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -138,17 +142,70 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the module to ``x`` of shape ``(..., in)``; gives ``(..., out)``."""
-        y = self.base_layer(x, *args, **kwargs)
         if not self.enabled or self.merged:
-            return y
+            return self.base_layer(x, *args, **kwargs)
+        dtype = None if args or kwargs else self.fused_dtype(x)
+        if dtype is None:
+            y = self.base_layer(x, *args, **kwargs)
+            return y + self.update(x).to(y.dtype)
+        if self.training and self.shared is not None:
+            y = self.shared.output(self, x)
+            if y is not None:
+                return y
+        return adapted_linear(x, [self.adapted(dtype)], dtype)[0]
+
+    def update(self, x: Tensor) -> Tensor:
+        """``s * B diag(g) A x`` alone, shape ``(..., out)``: for bases whose own product is not to be touched."""
         if self.dropout_p and self.training:
             x = F.dropout(x, self.dropout_p)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
+        a, b, _ = self.factors()
+        return F.linear(F.linear(x, a), b)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B with gate and scale in it, and which components are active, where the gate knows.
+
+        Components that a fixed mask switches off are left out.
+        """
+        a, b = self.lora_A, self.lora_B
+        remaining = self.gate.remaining()
+        if remaining is not None:
+            return a.index_select(0, remaining), b.index_select(1, remaining) * self.scale, None
         gate = self.gate()
-        factor = self.scale if gate is None else gate * self.scale
-        update = F.linear(F.linear(x, self.lora_A) * factor, self.lora_B)
-        return y + update.to(y.dtype)
+        return a, b * (self.scale if gate is None else gate * self.scale), self.gate.active(gate)
+
+    def fused_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype in which base and update can be computed as one, or ``None`` if they cannot.
+
+        The base has to be a plain linear map without hooks, the adapter without dropout at this moment, and all of one
+        dtype: that of autocast where it is on.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear and not is_conv1d(base):
+            return None
+        if base._forward_hooks or base._forward_pre_hooks or (self.dropout_p and self.training):
+            return None
+        if self.merged or not self.enabled or not x.is_floating_point():
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype if x.dtype == self.lora_A.dtype == self.weight.dtype else None
+
+    def adapted(self, dtype: torch.dtype) -> Adapted:
+        """The map as :func:`autolora.adapters.function.adapted_linear` takes it."""
+        weight = self._weight_as(dtype)
+        return Adapted(weight.t() if self.transposed else weight, self.bias, *self.factors())
+
+    def _weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The base weight in another dtype; a frozen one is cast once, not at every call."""
+        weight = self.weight
+        if weight.dtype == dtype or weight.requires_grad:
+            return weight.to(dtype)
+        stamp = (weight.data_ptr(), weight._version)
+        if self._cast_weight is None or self._cast_weight[0] != stamp or self._cast_weight[1].dtype != dtype:
+            self._cast_weight = stamp, weight.detach().to(dtype)
+        return self._cast_weight[1]
 
     @torch.no_grad()
     def fix_gate(self, mask: Tensor) -> None:

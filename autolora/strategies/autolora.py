@@ -202,7 +202,7 @@ class AutoLoRA(Strategy[Options]):
         if self.phase == "listen" and step >= self.prune_from:
             self._begin_pruning(optimizer)
         if self.phase == "prune" and step >= self.settle_from:
-            self._settle()
+            self._settle(optimizer)
 
     def scheduled_cost(self, step: int) -> float:
         """The cost that a step of the prune phase aims at: cubic from everything to the budget, then level."""
@@ -273,12 +273,20 @@ class AutoLoRA(Strategy[Options]):
         self.integral = (self.integral + rate * violation).clamp(min=0.0)
         self.price = self.price_unit * (self.integral + sparsity.gain * violation).clamp(min=0.0)
 
-    def _settle(self) -> None:
+    def _settle(self, optimizer: Optimizer | None = None) -> None:
         """Fix the gates: without a budget what the selectors keep, else the most probable components that it pays for.
+
+        Where training goes on, the other components are removed, with their optimizer state. Several processes have
+        agreed on the shapes of their gradients, and go on with masks; so does a model with nothing left, since a loss
+        needs something that it depends on.
 
         Both go by the mean probability over the last fifth of the prune phase: a selector that is worth its price dips
         below the threshold now and then, because only a closed gate shows what it is missed for, and is back soon.
         """
+        import torch
+
+        from autolora.adapters import compact
+
         flat = self._flat(lambda gate: gate.probability()).detach()
         if self.watched:
             flat = self.probability_sum / self.watched
@@ -292,6 +300,9 @@ class AutoLoRA(Strategy[Options]):
             masks = {name: _top(mean, plan[name]) for name, mean in means.items()}
         self.adapters.fix_gates(masks)
         self.phase = "settle"
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if optimizer is not None and not several and any(mask.any() for mask in masks.values()):
+            compact(self.adapters, optimizer)
 
     def _expected_share(self) -> Tensor:
         """Expected cost as a share of the largest, differentiable in the logits."""

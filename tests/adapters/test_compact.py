@@ -108,3 +108,41 @@ def test_compact_while_merged() -> None:
     torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
     adapters.unmerge()
     torch.testing.assert_close(output(model, batch), expected)
+
+
+def test_an_optimizer_goes_on_with_the_components_that_stay() -> None:
+    """The next AdamW steps of compacted adapters are those of the masked ones: moments and step counts are kept."""
+
+    def train(smaller: bool) -> dict[str, torch.Tensor]:
+        model, adapters, ranks, _ = masked_model()
+        optimizer = torch.optim.AdamW(adapters.adapter_parameters(), lr=1e-2, fused=True)
+        for step in range(4):
+            if smaller and step == 2:
+                before = numbers_in(optimizer)
+                compact(adapters, optimizer)
+                assert numbers_in(optimizer) < before
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                assert {id(p) for p in params} == {id(p) for p in adapters.adapter_parameters()}
+                assert sum(p.numel() for p in params) == RankPlan(adapters.sites, ranks).params
+            optimizer.zero_grad()
+            output(model, inputs_for("bert")).sin().sum().backward()
+            optimizer.step()
+        return {name: layer.delta_weight() for name, layer in adapters.layers.items() if ranks[name]}
+
+    torch.testing.assert_close(train(smaller=True), train(smaller=False), rtol=1e-4, atol=1e-6)
+
+
+def numbers_in(optimizer: torch.optim.Optimizer) -> int:
+    return sum(value.numel() for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_state_of_fewer_components_loads_into_fresh_adapters() -> None:
+    model, adapters, ranks, _ = masked_model()
+    compact(adapters)
+    fresh, larger, _, _ = masked_model()
+    larger.load_trainable_state(adapters.trainable_state())
+    assert larger.attached_plan() == ranks
+    batch = inputs_for("bert")
+    assert torch.equal(output(fresh, batch), output(model, batch))
+    larger.detach()
+    assert torch.equal(output(fresh, batch), output(make("bert"), batch))

@@ -143,7 +143,8 @@ def test_growth_never_jolts_the_output() -> None:
 
     strategy._open = watched  # type: ignore[method-assign]
     fit(strategy, pair.student, *streams(pair), steps=40, lr=1e-2)
-    assert jolts == [0.0] * 4
+    assert len(jolts) == 4
+    assert max(jolts) < 1e-6  # outputs are of size 1: rounding in float32, since products then have more terms
 
 
 def test_growth_resets_the_moments_of_new_components_alone() -> None:

@@ -1,0 +1,140 @@
+r"""The adapted linear maps of one input as a single autograd function, with the products it needs and no others.
+
+For an input X of N rows and one or more frozen weights :math:`W_i` that read it, with factors :math:`A_i` of shape
+``(r_i, in)`` and :math:`B_i` of shape ``(out_i, r_i)`` (gates and scale are part of B):
+
+.. math:: Y_i = X W_i^T + b_i + H_i^T B_i^T, \qquad H_i = A_i X^T
+
+and, with :math:`D_i = B_i^T (\partial Y_i)^T`,
+
+.. math::
+
+    \partial B_i^T = H_i \, \partial Y_i, \qquad \partial A_i = D_i X, \qquad
+    \partial X = \sum_i \partial Y_i \, W_i + D_i^T A_i.
+
+What makes it fast: the low-rank terms are accumulated into the outputs of the large products, so that no activation is
+written twice; H and D are kept transposed, ``(r, N)``, the layout in which products with few rows run several times
+faster on CPUs than with few columns; modules that read one input (query, key, value) share one product each for H, for
+dA and for the low-rank part of dX; X is saved once. Of a component whose gate is hard 0, B is 0 and only the gradient
+of B is needed (the selector's comes from it): H and dB are computed, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Adapted(NamedTuple):
+    """One adapted map: weight ``(out, in)``, bias ``(out,)`` or ``None``, A ``(r, in)``, B ``(out, r)``.
+
+    ``active`` are the indices of the components whose column of B may be other than 0; ``None`` for all.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    active: Tensor | None = None
+
+
+def adapted_linear(x: Tensor, maps: Sequence[Adapted], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Outputs of several adapted maps of one input, each of shape ``(..., out)``.
+
+    Args:
+        x: shape ``(..., in)``.
+        maps: at least one.
+        dtype: of all products; the weights have it already, everything else is cast to it.
+    """
+    weights, biases, a, b, active = zip(*maps, strict=True)
+    return _AdaptedLinear.apply(x, dtype, active, *weights, *biases, *a, *b)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """The function of the module's docstring; differentiable twice where nothing is cast."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, active: Sequence[Tensor | None], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        count = len(active)
+        ctx.shape, ctx.dtype, ctx.active = x.shape, dtype, active
+        ctx.cast = x.dtype != dtype or tensors[-1].dtype != dtype
+        if ctx.cast:
+            x, tensors = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in tensors)
+        weights, biases, a, b = _quarters(tensors, count)
+        rows = x.reshape(-1, x.shape[-1])
+        h = _codes(a, rows)
+        outputs = []
+        for weight, bias, b_i, h_i, on in zip(weights, biases, b, h, active, strict=True):
+            y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+            y.addmm_(_rows(h_i, on).t(), _columns(b_i, on).t())
+            outputs.append(y.view(*x.shape[:-1], y.shape[1]))
+        ctx.save_for_backward(x, *weights, *a, *b, *h)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        count, dtype, needs = len(ctx.active), ctx.dtype, ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        weights, a, b, h = _quarters(saved, count)
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # a second derivative is wanted, so H has to be part of the graph
+            if ctx.cast:
+                raise RuntimeError("second derivatives of an adapted layer: expected one dtype, and no autocast")
+            h = _codes(a, rows)
+        result: list[Tensor | None] = [None] * (3 + 4 * count)
+        for_weights, for_biases, for_a, for_b = (3 + k * count for k in range(4))
+        live = [
+            (i, gradient.to(dtype).reshape(-1, gradient.shape[-1]), ctx.active[i])
+            for i, gradient in enumerate(gradients)
+            if gradient is not None
+        ]
+        if not live:
+            return tuple(result)
+        d = [torch.mm(_columns(b[i], on).t(), dy.t()) for i, dy, on in live]
+        all_d = _stacked(d)
+        da = torch.mm(all_d, rows).split([len(d_i) for d_i in d])
+        for (i, dy, on), da_i in zip(live, da, strict=True):
+            result[for_a + i] = da_i if on is None else torch.zeros_like(a[i]).index_copy(0, on, da_i)
+            result[for_b + i] = torch.mm(h[i], dy).t()
+            if needs[for_weights + i]:
+                result[for_weights + i] = torch.mm(dy.t(), rows)
+            if needs[for_biases + i]:
+                result[for_biases + i] = dy.sum(0)
+        if needs[0]:
+            first, dy, _ = live[0]
+            dx = torch.mm(dy, weights[first])
+            for i, dy, _ in live[1:]:
+                dx.addmm_(dy, weights[i])
+            dx.addmm_(all_d.t(), _stacked([_rows(a[i], on) for i, _, on in live]))
+            result[0] = dx.view(ctx.shape)
+        return tuple(result)
+
+
+def _codes(a: Sequence[Tensor], rows: Tensor) -> Sequence[Tensor]:
+    """H of every map, ``(r_i, N)``, in one product."""
+    h = torch.mm(_stacked(a), rows.t())
+    return (h,) if len(a) == 1 else h.split([len(a_i) for a_i in a])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The parts on top of each other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _rows(matrix: Tensor, chosen: Tensor | None) -> Tensor:
+    return matrix if chosen is None else matrix.index_select(0, chosen)
+
+
+def _columns(matrix: Tensor, chosen: Tensor | None) -> Tensor:
+    return matrix if chosen is None else matrix.index_select(1, chosen)
+
+
+def _quarters(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """Four parts of ``count`` tensors each."""
+    return (tensors[k * count : (k + 1) * count] for k in range(4))
