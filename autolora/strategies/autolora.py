@@ -148,14 +148,17 @@ class AutoLoRA(Strategy[Options]):
         self.gates: dict[str, SelectorGate] = {name: layer.gate for name, layer in adapters.layers.items()}  # type: ignore[misc]
         self.owners = [name for name, layer in adapters.layers.items() for _ in range(layer.rank)]
         self.phase: Phase = "warmup"
+        self._ended_in: Phase | None = None
         return adapters
 
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
         """Lay out the phases over the run."""
         import torch
 
-        device = self.adapters.gate_parameters()[0].device if self.gates else None  # training may have moved the model
-        self.costs = torch.tensor([float(self.adapters.sites[name].cost) for name in self.owners], device=device)
+        # Training may have moved the model, or changed its precision.
+        device, dtype = next(((p.device, p.dtype) for p in self.adapters.gate_parameters()), (None, None))
+        costs = [float(self.adapters.sites[name].cost) for name in self.owners]
+        self.costs = torch.tensor(costs, device=device, dtype=dtype)
         self.integral = torch.tensor(0.0, device=device)
         self.price = torch.tensor(0.0, device=device)
         self.price_unit = torch.tensor(1.0, device=device)
@@ -329,8 +332,17 @@ class AutoLoRA(Strategy[Options]):
     def finalize(self, evaluate: Evaluate) -> RankPlan:
         """The plan of the settle phase."""
         if self.phase != "settle":
+            self._ended_in = self.phase
             self._settle()
         return self.adapters.active_plan()
+
+    @property
+    def notes(self) -> list[str]:
+        """Whether training ended before the phases did."""
+        if self._ended_in is None:
+            return []
+        how = "by what the selectors had come to" if self._ended_in == "prune" else "spread evenly, not learned"
+        return [f"training ended in the {self._ended_in} phase: the ranks are {how}, and were never trained alone"]
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, price and what was measured; the logits are parameters."""

@@ -15,6 +15,10 @@ loop owns data, weights and time, and calls, in this order::
         optimizer.step(); strategy.after_step(step, optimizer)
     plan = strategy.finalize(evaluate)                 # gates are fixed 0/1 masks from here on
 
+A run that is resumed attaches, takes parameter groups and begins in the same way, but without ``prepare``. Then the
+parameters of the checkpoint are loaded, which may take components away, :meth:`Strategy.load_state_dict` has the last
+word, and parameter groups are taken again. So what ``prepare`` has found out must be in parameters or the state dict.
+
 Only :meth:`Strategy.finalize` has to say something about ranks; all the rest has defaults that do nothing. Nothing here
 knows Lightning, so that another loop can call it. This module and the options of every strategy import no torch, so
 that a configuration is checked before torch is loaded.
@@ -46,7 +50,7 @@ Evaluate = Callable[[RankPlan], float]
 class StrategyOptions(BaseModel):
     """Base of every strategy's options: what may stand under ``strategy`` in the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,10 @@ class Strategy(Generic[OptionsT]):
         return FixedGate(rank)
 
     def prepare(self, batches: Iterable[Batch], loss_fn: LossFn) -> None:
-        """Look at training data before training; ``batches`` may be endless, so take a few."""
+        """Look at training data before training; ``batches`` may be endless, so take a few.
+
+        It is not called again when a run is resumed: what it leaves has to be in parameters or the state dict.
+        """
 
     def param_groups(self, rates: Rates, total_steps: int) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: ``adapter`` and ``head``, each with its learning rate and decay.
@@ -156,6 +163,11 @@ class Strategy(Generic[OptionsT]):
         """Numbers worth logging, besides the active plan (a multiplier, for example)."""
         return {}
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the plan that came out, for the result."""
+        return []
+
     # After training --------------------------------------------------------------------------------------------------
 
     def finalize(self, evaluate: Evaluate) -> RankPlan:
@@ -165,7 +177,7 @@ class Strategy(Generic[OptionsT]):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What the strategy needs to go on, besides parameters and gates."""
+        """What the strategy needs to go on, besides parameters and gates: tensors, numbers, text, lists and mappings."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -75,3 +75,16 @@ GLUE: dict[str, GlueTask] = {
         GlueTask("wnli", "WNLI", ("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
     )
 }
+
+OFFICIAL_ROWS: dict[str, tuple[int, ...]] = {
+    "cola": (8_551, 1_043),
+    "sst2": (67_349, 872),
+    "mrpc": (3_668, 408),
+    "stsb": (5_749, 1_500),
+    "qqp": (363_846, 40_430),
+    "mnli": (392_702, 9_815, 9_832),
+    "qnli": (104_743, 5_463),
+    "rte": (2_490, 277),
+    "wnli": (635, 71),
+}
+"""Rows of each of a task's :attr:`GlueTask.splits`, in their order."""

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from autolora.errors import DataError
 from autolora.network import why_unreachable
-from autolora.tasks.glue import GlueTask
+from autolora.tasks.glue import OFFICIAL_ROWS, GlueTask
 from autolora.tasks.readers import HUB_DATASET, cached_hub_files, find_local, read_hub, read_local
 from autolora.tasks.records import Split
 
@@ -101,6 +101,17 @@ def load(resolved: ResolvedSource, task: GlueTask) -> dict[str, Split]:
         DataError: if the source cannot be read after all; there is no fall-back to another one.
     """
     return {split: _read(resolved, task, split) for split in task.splits}
+
+
+def size_notes(resolved: ResolvedSource, task: GlueTask, splits: Mapping[str, Split]) -> list[str]:
+    """What differs from GLUE in the number of rows: a file may be a part on purpose, or cut short at a row's end."""
+    if resolved.kind == "mini":
+        return []
+    return [
+        f"{task.name} {name}: {len(splits[name]):,} rows, GLUE has {rows:,}: part of it, or a truncated file"
+        for name, rows in zip(task.splits, OFFICIAL_ROWS[task.name], strict=True)
+        if len(splits[name]) != rows
+    ]
 
 
 def _read(resolved: ResolvedSource, task: GlueTask, split: str) -> Split:

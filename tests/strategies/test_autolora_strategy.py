@@ -410,3 +410,21 @@ def test_a_run_that_ends_in_the_warm_up_spreads_the_budget_evenly() -> None:
     begun(strategy, pair_of())
     plan = strategy.finalize(lambda plan: 0.0)
     assert set(plan.values()) == {1}
+
+
+def test_a_run_that_ends_early_says_that_its_ranks_are_not_learned() -> None:
+    strategy = autolora(Budget(rank=1))
+    begun(strategy, pair_of())
+    strategy.finalize(lambda plan: 0.0)
+    assert strategy.notes == [
+        "training ended in the warmup phase: the ranks are spread evenly, not learned, and were never trained alone"
+    ]
+    whole = autolora(Budget(rank=1))
+    run(whole, pair_of())
+    assert whole.notes == []
+
+
+@pytest.mark.parametrize("options", [{"selector": {"init": float("nan")}}, {"sparsity": {"weight": float("inf")}}])
+def test_options_are_finite(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        AutoLoRA.Options.model_validate(options)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autolora.errors import DataError
-from autolora.tasks.glue import GLUE
+from autolora.tasks.glue import GLUE, OFFICIAL_ROWS
 from autolora.tasks.readers import cached_hub_files, find_local, read_hub, read_local
 from autolora.tasks.records import Split
 
@@ -379,17 +379,6 @@ class TestHub:
 
 
 REAL = os.environ.get("AUTOLORA_GLUE_DIR")
-OFFICIAL_ROWS = {
-    "cola": (8551, 1043),
-    "sst2": (67349, 872),
-    "mrpc": (3668, 408),
-    "stsb": (5749, 1500),
-    "rte": (2490, 277),
-    "qnli": (104743, 5463),
-    "qqp": (363846, 40430),
-    "wnli": (635, 71),
-    "mnli": (392702, 9815),
-}
 
 
 @pytest.mark.skipif(REAL is None, reason="AUTOLORA_GLUE_DIR does not name a folder of real GLUE files")

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from autolora.errors import DataError
 from autolora.tasks import sources
-from autolora.tasks.glue import GLUE
+from autolora.tasks.glue import GLUE, OFFICIAL_ROWS
 from autolora.tasks.records import Split
 
 RTE = GLUE["rte"]
@@ -233,3 +233,18 @@ def test_fingerprint_of_scores_is_that_of_their_float32() -> None:
         {"train": replace(exact, labels=[3.799999952316284])}
     )
     assert sources.fingerprint({"train": exact}) != sources.fingerprint({"train": replace(exact, labels=[3.801])})
+
+
+def test_a_file_cut_at_the_end_of_a_row_is_noticed_by_its_size() -> None:
+    task = GLUE["mnli"]
+    whole = {
+        name: Split([""] * rows, None, [0] * rows, list(range(rows)))
+        for name, rows in zip(task.splits, OFFICIAL_ROWS["mnli"], strict=True)
+    }
+    local = sources.ResolvedSource("local", "", Path())
+    assert sources.size_notes(local, task, whole) == []
+    part = whole | {"train": Split([""] * 7, None, [0] * 7, list(range(7)))}
+    assert sources.size_notes(local, task, part) == [
+        "mnli train: 7 rows, GLUE has 392,702: part of it, or a truncated file"
+    ]
+    assert sources.size_notes(sources.ResolvedSource("mini", ""), task, part) == []
