@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ def load_backbone(
 
     Raises:
         BackboneError: if the name is unknown; the weights are nowhere to be found, have the wrong hash, or do not fit
-            the model; or the model has no sequence-classification form.
+            the model; or the model has no sequence-classification form, or a head under no known name.
     """
     assert problem_type != "regression" or num_labels == 1
     located = locate(name, id=id, path=path)
@@ -143,6 +145,12 @@ def load_backbone(
     model, fresh = _model_in(located, num_labels, problem_type, head_seed)
     _agree(model.config, tokenizer, located)
     heads = head_modules(model)
+    if not heads:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise BackboneError(
+            f"backbone {located.name}: expected a classification head under a name that is known "
+            f"(autolora.roles.HEADS), got {type(model).__name__} with {parts}: its head would be left untrained"
+        )
     head_size = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
     size = sum(p.numel() for p in model.parameters()) - head_size
     return Backbone(model, tokenizer, located.name, located.source, size, fingerprint, fresh)
@@ -157,6 +165,21 @@ def load_tokenizer(
         BackboneError: if it cannot be found or read.
     """
     return _tokenizer_in(locate(name, id=id, path=path))
+
+
+def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a model, as safetensors, and its tokenizer as transformers reads them."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            model.save_pretrained(directory)  # type: ignore[operator]
+            tokenizer.save_pretrained(directory)
+    except SafetensorError as error:  # it wraps the system's own errors
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -194,6 +217,11 @@ def locate(name: str = "minilm", *, id: str | None = None, path: str | Path | No
     if row.package is not None and (inside := _in_package(row.package)) is not None:
         return Located(label, inside, "package", row)
     return Located(label, _download(row), "hub")
+
+
+def hub_name(name: str, *, id: str | None = None, path: str | Path | None = None) -> str:
+    """Where others get a backbone: its id on the hub, or the folder if that is where it came from."""
+    return str(Path(path).expanduser().resolve()) if path is not None else (id or BACKBONES[name].id)
 
 
 def weights_fingerprint(directory: Path) -> str:

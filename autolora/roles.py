@@ -34,6 +34,7 @@ HEADS = frozenset(
         "classifier",
         "classification_head",
         "score",
+        "logits_proj",
         "qa_outputs",
         "lm_head",
         "cls",

@@ -217,6 +217,30 @@ def test_weights_as_they_are_published_for_pretraining_load(family: str, tiny_be
         assert torch.equal(value, second.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("family", "head"), [("XLNet", "logits_proj"), ("XLM", None)])
+def test_a_head_under_an_unknown_name_is_refused_not_frozen(
+    family: str, head: str | None, tiny_bert_dir: Path, tmp_path: Path
+) -> None:
+    size = {
+        "vocab_size": len(load_tokenizer(path=tiny_bert_dir)),
+        "n_layer": 1,
+        "n_layers": 1,
+        "n_head": 2,
+        "n_heads": 2,
+        "d_model": 16,
+        "emb_dim": 16,
+    }
+    config = getattr(hf, f"{family}Config")(**size, d_inner=16, pad_token_id=0)
+    getattr(hf, f"{family}Model")(config).save_pretrained(tmp_path)
+    for file in tiny_bert_dir.glob("*token*"):
+        shutil.copy(file, tmp_path)
+    if head is None:
+        with pytest.raises(BackboneError, match=r"expected a classification head .* got XLMForSequenceClassification"):
+            load_backbone(path=tmp_path, num_labels=2)
+    else:
+        assert head_modules(load_backbone(path=tmp_path, num_labels=2).model) == [head]
+
+
 def test_a_decoder_without_a_padding_token_pads_with_its_end_token(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3, "c": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

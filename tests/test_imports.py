@@ -15,6 +15,7 @@ HEAVY = {
 LIGHT_MODULES = [
     "autolora.compose",
     "autolora.config",
+    "autolora.export",
     "autolora.paths",
     "autolora.plan",
     "autolora.results",

@@ -84,7 +84,7 @@ class Adapters:
         self._pristine = self._copy_of_what_training_changes()
         for name, layer in layers.items():
             layer.train(layer.base_layer.training)
-            _replace(model, layer.base_layer, layer)
+            replace_module(model, layer.base_layer, layer)
             assert model.get_submodule(name) is layer
         share_inputs(layers)
 
@@ -153,9 +153,14 @@ class Adapters:
         return [name for name, value in state.items() if value.requires_grad or under(name, owners)]
 
     def count(self) -> dict[str, int]:
-        """Parameters: ``adapter``, ``gate``, ``head``, all ``trainable`` ones and ``total`` (with adapters)."""
+        """Parameters: ``adapter`` (A and B), ``scale`` and ``bias`` where they are trained, ``gate``, ``head``, all
+        ``trainable`` ones, and ``total`` (with adapters).
+        """
+        scales = [layer.scale for layer in self.layers.values() if isinstance(layer.scale, nn.Parameter)]
         return {
-            "adapter": _numel(self.adapter_parameters()),
+            "adapter": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self.layers.values()),
+            "scale": _numel(scales),
+            "bias": _numel(self.trained_biases),
             "gate": _numel(self.gate_parameters()),
             "head": _numel(self.head_parameters()),
             "trainable": _numel(p for p in self.model.parameters() if p.requires_grad),
@@ -257,7 +262,7 @@ class Adapters:
         """Put the original module back in place of one adapter; the module then has rank 0."""
         layer = self.layers.pop(name)
         layer.unmerge()
-        _replace(self.model, layer, layer.base_layer)
+        replace_module(self.model, layer, layer.base_layer)
         share_inputs(self.layers)
 
     def detach(self) -> nn.Module:
@@ -386,7 +391,7 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever the model holds ``old``."""
     for parent in list(model.modules()):
         if parent is not new:

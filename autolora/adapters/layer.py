@@ -126,6 +126,11 @@ class LoRALinear(nn.Module):
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
+    def unmerged_weight(self) -> nn.Parameter:
+        """The base weight without the update, merged or not."""
+        return self._original_weight[0] if self.merged else self.base_layer.weight  # type: ignore[return-value]
+
+    @property
     def bias(self) -> Tensor | None:
         """The base bias."""
         return getattr(self.base_layer, "bias", None)

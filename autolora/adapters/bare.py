@@ -1,0 +1,42 @@
+"""A model without its adapters' wrappers for a while: as it was, or with the updates merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from autolora.adapters.attach import Adapters, replace_module
+
+
+@contextmanager
+def unwrapped(adapters: Adapters) -> Iterator[nn.Module]:
+    """Inside this context every adapted module stands in the model itself, under its own name; what is merged stays.
+
+    The adapters are back at the end, and :meth:`Adapters.detach` restores what it would have restored.
+    """
+    try:
+        for layer in adapters.layers.values():
+            replace_module(adapters.model, layer, layer.base_layer)
+        yield adapters.model
+    finally:
+        for layer in adapters.layers.values():
+            replace_module(adapters.model, layer.base_layer, layer)
+
+
+@contextmanager
+def merged(adapters: Adapters) -> Iterator[nn.Module]:
+    """Inside this context the model is a plain one with the updates in its weights, and no trace of adapters.
+
+    Raises:
+        TargetError: if an adapted module has no floating-point weight matrix to add to.
+    """
+    before = [layer for layer in adapters.layers.values() if not layer.merged]
+    try:
+        adapters.merge()
+        with unwrapped(adapters) as model:
+            yield model
+    finally:
+        for layer in before:
+            layer.unmerge()

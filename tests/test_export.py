@@ -1,0 +1,236 @@
+"""The export command on real, small runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+
+from autolora.backbones import load_backbone
+from autolora.compose import compose
+from autolora.export import main
+from autolora.run import run_one
+from autolora.tasks.mini import generate
+
+SENTENCES = ["the cat and the street", "a great film , and a sad one", "no", "they were very happy with the old king"]
+FIXED = ["data.source=mini", "data.max_train=64", "trainer.max_steps=6", "trainer.accelerator=cpu", "logger=csv"]
+FIXED += ["trainer.precision=32-true", "trainer.enable_progress_bar=false", "optim.adapter.lr=0.02", "max_rank=4"]
+
+
+def ran(folder: Path, *overrides: str) -> Path:
+    run_one(compose([*FIXED, f"run_root={folder}", f"data.cache_dir={folder.parent / 'cache'}", *overrides]))
+    (run,) = folder.iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def text_run(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "runs"
+    return ran(folder, "task=mnli", "strategy=autolora", "budget.rank=2", f"backbone.path={tiny_bert_dir}")
+
+
+@pytest.fixture(scope="module")
+def planted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(tmp_path_factory.mktemp("planted") / "runs", "task=planted", "task.eval_size=64", "budget.rank=1")
+
+
+@pytest.fixture
+def copied(text_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(text_run, tmp_path / "run"))
+
+
+def export(run: Path, out: Path, *arguments: str) -> int:
+    try:
+        main([f"run={run}", f"out={out}", *arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def bare(tiny_bert_dir: Path, head_seed: int = 99) -> nn.Module:
+    return load_backbone(path=tiny_bert_dir, num_labels=3, head_seed=head_seed).model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, folder: Path) -> Tensor:
+    tokens = AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
+    result: Tensor = model.eval()(**tokens).logits
+    return result
+
+
+def test_peft_and_merged_are_the_same_function(
+    text_run: Path, tiny_bert_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert export(text_run, tmp_path / "peft") == 0
+    assert export(text_run, tmp_path / "merged", "format=merged") == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert "load it with peft.PeftModel.from_pretrained" in captured.out
+    in_peft = PeftModel.from_pretrained(bare(tiny_bert_dir), str(tmp_path / "peft"))
+    merged, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values())
+    assert list(merged.state_dict()) == list(bare(tiny_bert_dir).state_dict())
+    expected = logits(in_peft, tiny_bert_dir)
+    torch.testing.assert_close(logits(merged, tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    assert (logits(bare(tiny_bert_dir), tiny_bert_dir) - expected).abs().max() > 1e-2
+    same = {file.name: file.read_bytes() for file in (text_run / "adapter").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()} == same
+
+
+def test_a_merged_folder_holds_a_transformers_model_and_nothing_of_ours(text_run: Path, tmp_path: Path) -> None:
+    export(text_run, tmp_path / "merged", "format=merged")
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert (config.num_labels, config.problem_type) == (3, "single_label_classification")
+    assert config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    texts = [(tmp_path / "merged" / name).read_text() for name in ("config.json", "tokenizer_config.json")]
+    assert not any(word in text.lower() for text in texts for word in ("lora", "peft", str(tmp_path).lower()))
+
+
+def test_a_regression_keeps_its_kind(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    run = ran(tmp_path / "runs", "task=stsb", "strategy=uniform", "budget.rank=1", f"backbone.path={tiny_bert_dir}")
+    assert export(run, tmp_path / "merged", "format=merged") == 0
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_a_planted_run_has_an_adapter_and_no_model(
+    planted_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(planted_run, tmp_path / "a") == 0
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("planted", None)
+    assert export(planted_run, tmp_path / "b", "format=merged") == 1
+    assert "task=planted has no pretrained model to merge into: use format=peft" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_whose_data_are_gone_and_whose_paths_were_relative(
+    copied: Path, tiny_bert_dir: Path, tmp_path: Path
+) -> None:
+    tree = yaml.safe_load((copied / "config.yaml").read_text())
+    tree["data"]["dir"], tree["backbone"]["path"] = "/data/that/are/gone", "relative/then"
+    (copied / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert export(copied, tmp_path / "out", "format=merged") == 0
+
+
+def test_weights_that_the_backbone_lacks_travel_along(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    """A pooler that is not among the pretrained weights starts at random, elsewhere at other values than here."""
+    poolerless = Path(shutil.copytree(tiny_bert_dir, tmp_path / "poolerless"))
+    BertModel.from_pretrained(tiny_bert_dir, add_pooling_layer=False).save_pretrained(poolerless)
+    run = ran(tmp_path / "runs", "task=rte", "strategy=uniform", "budget.rank=1", f"backbone.path={poolerless}")
+    assert export(run, tmp_path / "merged", "format=merged") == 0
+    base = AutoModelForSequenceClassification.from_pretrained(poolerless, num_labels=2)
+    in_peft = PeftModel.from_pretrained(base, str(run / "adapter"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    expected = logits(in_peft, tiny_bert_dir)
+    torch.testing.assert_close(logits(merged, tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    row, dev = next(csv.DictReader((run / "predictions.csv").open())), generate("rte", "dev")
+    assert dev.text_b is not None
+    tokens = AutoTokenizer.from_pretrained(poolerless)(dev.text_a[0], dev.text_b[0], return_tensors="pt")
+    with torch.no_grad():
+        found = merged(**tokens).logits[0].tolist()
+    assert found == pytest.approx([float(row["logit_0"]), float(row["logit_1"])], abs=1e-4)
+
+
+def test_an_empty_folder_is_filled(text_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert export(text_run, tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_another_backbone_is_refused(
+    kind: str, copied: Path, tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny_bert_dir, tmp_path / "other"))
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(1.1)
+    model.save_pretrained(other)
+    sidecar = json.loads((copied / "adapter" / "autolora.json").read_text())
+    (copied / "adapter" / "autolora.json").write_text(json.dumps(sidecar | {"base_model": str(other)}))
+    assert export(copied, tmp_path / "out", f"format={kind}") == 1
+    assert "trained on another backbone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(run: Path, what: str) -> None:
+    file = run / "result.json"
+    match what:
+        case "no result":
+            file.unlink()
+        case "interrupted":
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "interrupted"}))
+        case "no adapter":
+            shutil.rmtree(run / "adapter")
+        case "truncated":
+            weights = run / "adapter" / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "configuration":
+            (run / "config.yaml").write_text("task: [")
+        case "unknown key":
+            (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nnonsense: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no result", "there is no result; expected a run directory"),
+        ("interrupted", "expected a complete run, this one is interrupted; give its command again"),
+        ("no adapter", "expected the folder adapter/ with autolora.json; run again with force=true"),
+        ("truncated", "damaged or cut short"),
+        ("configuration", "config.yaml: cannot be used"),
+        ("unknown key", "config.yaml: cannot be used: nonsense=3: unknown key nonsense"),
+    ],
+)
+def test_what_is_not_a_whole_run_is_refused(
+    what: str, message: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(copied, what)
+    assert export(copied, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert export(text_run, tmp_path / "out") == 1
+    assert export(text_run, tmp_path / "out" / "precious") == 1
+    assert capsys.readouterr().err.count("expected a folder that is not there yet, or empty") == 2
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: run: expected a value, got none\nerror: out: expected a value, got none\n"),
+        (["run=a", "out=b", "format=gguf"], "error: format=gguf: expected one of peft, merged, got 'gguf'\n"),
+        (["run=a", "out=b", "frmat=peft"], "error: frmat=peft: unknown key frmat; did you mean format?\n"),
+        (["run=a", "out=b", "merged"], "error: merged: expected key=value\n"),
+    ],
+)
+def test_a_wrong_command_line_has_its_own_code(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == message
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "usage: python -m autolora.export run=DIR out=DIR [format=peft|merged]" in capsys.readouterr().out
