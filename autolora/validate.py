@@ -93,6 +93,8 @@ def require(raw: Mapping[str, Any]) -> RunConfig:
 def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
     """The ``key=value ...`` of a small command line, as a model; values are written as in YAML.
 
+    Dotted keys are those of sections: ``data.dir=DIR``.
+
     Raises:
         ConfigError: with every fault, a line each.
     """
@@ -101,22 +103,36 @@ def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
     faults = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        try:
-            tree[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            tree[key] = value
         if not equals:
-            del tree[key]
             faults.append(f"{argument}: expected key=value")
         elif key in typed:
             faults.append(f"{argument}: {key} is given twice")
         else:
             typed[key] = argument
+            _put(tree, key, _from_yaml(value))
     settings, problems = _try(model, tree)
-    faults += [_line(problem, tree, typed, list(model.model_fields)) for problem in problems]
+    faults += [_line(problem, tree, typed, _keys_of(model, tree)) for problem in problems]
     if settings is None or faults:
         raise ConfigError("\n".join(faults))
     return settings
+
+
+def _from_yaml(text: str) -> Any:
+    """The value that a text stands for; what is not YAML stands for itself."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = tree.get(section)
+        tree[section] = inner if isinstance(inner, dict) else {}
+        tree = tree[section]
+    tree[last] = value
 
 
 def strategy_options(name: str) -> type[BaseModel]:

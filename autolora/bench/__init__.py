@@ -1,0 +1,1 @@
+"""What a step and a run cost, beside PEFT and beside what no LoRA method can beat: ``python -m autolora.bench``."""

@@ -1,0 +1,125 @@
+"""The command line of the benchmark, as models. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from annotated_types import Ge, Gt
+from pydantic import AfterValidator, BaseModel, BeforeValidator
+
+from autolora.config import BackboneConfig, Count, DataConfig, PathLike, Section, Whole
+from autolora.errors import ConfigError
+from autolora.validate import parse
+
+Training = Literal[
+    "limit", "uniform8", "uniform16", "autolora16-prune", "autolora16-settle", "peft8", "peft16", "adalora16"
+]
+Forward = Literal["bare", "merged", "compact", "peft-pattern"]
+Once = Literal["attach-uniform8", "attach-autolora16", "attach-peft8", "attach-peft16", "select-autolora16"]
+Run = Literal["uniform8", "autolora8", "peft8-usual", "peft8-best"]
+Part = Literal["train", "evaluate", "memory", "once"]
+Suite = Literal["steps", "run"]
+Name = TypeVar("Name", bound=str)
+
+
+def _separated(value: Any) -> Any:
+    """``a,b`` means the same as ``[a,b]``."""
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return value if value is None else tuple(str(value).split(","))
+
+
+def _shapes(texts: tuple[str, ...]) -> tuple[str, ...]:
+    wrong = [text for text in texts if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text)]
+    if wrong or not texts:
+        raise ValueError(f"expected ROWSxTOKENS such as 32x32, got {', '.join(wrong) or 'none'}")
+    return texts
+
+
+def _by_name(value: Any) -> Any:
+    """``backbone=minilm``, as for training."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _embedded(value: Any) -> Any:
+    """Embedded data, unless a folder or another source is named: nothing is measured on what a network gives."""
+    return {"source": "local" if value.get("dir") else "mini", **value} if isinstance(value, dict) else value
+
+
+Shapes = Annotated[tuple[str, ...], AfterValidator(_shapes), BeforeValidator(_separated)]
+Data = Annotated[DataConfig, BeforeValidator(_embedded)]
+Model = Annotated[BackboneConfig, BeforeValidator(_by_name)]
+
+
+class Settings(Section):
+    """What both suites have."""
+
+    suite: Suite = "steps"
+    out: PathLike = Path("bench.json")
+    warmup: Whole = 2
+    seed: int = 0
+    clock: Literal["wall", "cpu"] = "wall"
+    backbone: Model = BackboneConfig()
+
+
+class StepsSettings(Settings):
+    """``suite=steps``."""
+
+    rounds: Count = 50
+    max_seconds: Annotated[float, Gt(0)] = 600.0
+    shapes: Shapes = ("32x32", "16x128")
+    precision: Annotated[tuple[Literal["float32", "bf16"], ...] | None, BeforeValidator(_separated)] = None
+    parts: Annotated[tuple[Part, ...], BeforeValidator(_separated)] = get_args(Part)
+    only: Annotated[tuple[Training | Forward | Once, ...] | None, BeforeValidator(_separated)] = None
+    threads: Count | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def chosen(self, names: Iterable[Name]) -> list[Name]:
+        """Those of these contenders that are to be measured."""
+        return [name for name in names if self.only is None or name in self.only]
+
+
+class RunSettings(Settings):
+    """``suite=run``."""
+
+    rounds: Count = 3
+    warmup: Whole = 0
+    only: Annotated[tuple[Run, ...] | None, BeforeValidator(_separated)] = None
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    task: Literal["mrpc", "cola", "sst2", "rte", "qnli"] = "mrpc"
+    epochs: Count = 2
+    learning_rate: Annotated[float, Ge(0)] = 1e-3
+    data: Data = DataConfig(source="mini")
+    imports: bool = True
+
+    def chosen(self) -> list[Run]:
+        """The contenders that are to be measured."""
+        return [name for name in get_args(Run) if self.only is None or name in self.only]
+
+
+class TableSettings(Section):
+    """``table=FILE``."""
+
+    table: PathLike
+
+
+def read_command_line(arguments: list[str]) -> StepsSettings | RunSettings | TableSettings:
+    """The settings that a command line asks for.
+
+    Raises:
+        ConfigError: with every fault, a line each.
+    """
+    keys = {argument.partition("=")[0] for argument in arguments}
+    model: type[BaseModel] = StepsSettings
+    if "table" in keys:
+        model = TableSettings
+    elif "suite=run" in arguments:
+        model = RunSettings
+    settings = parse(model, arguments)
+    assert isinstance(settings, StepsSettings | RunSettings | TableSettings)
+    if isinstance(settings, Settings) and settings.out.is_dir():
+        raise ConfigError(f"out={settings.out}: expected a file to write, got a folder")
+    return settings
