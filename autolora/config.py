@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -290,28 +291,13 @@ class OptimConfig(Section):
 
 
 class TrainerConfig(Section):
-    """Arguments of ``lightning.pytorch.Trainer`` under their own names, and two of ours: see :meth:`arguments`."""
+    """Arguments of ``lightning.pytorch.Trainer`` under their own names, and those of ours: see :meth:`arguments`."""
 
-    accelerator: Text = "auto"
-    devices: int | Text | Annotated[tuple[Whole, ...], Strict(False)] = 1
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Annotated[int, Ge(-1)] | Literal["auto"] | Annotated[tuple[Whole, ...], Strict(False)] = 1
     num_nodes: Count = 1
-    strategy: Text = "auto"
-    precision: Literal[
-        "auto",
-        "32-true",
-        "64-true",
-        "16-true",
-        "bf16-true",
-        "16-mixed",
-        "bf16-mixed",
-        "32",
-        "64",
-        "16",
-        "bf16",
-        32,
-        64,
-        16,
-    ] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    precision: Literal["auto", "32-true", "64-true", "16-mixed", "bf16-mixed"] = "auto"
     max_epochs: Annotated[int, Ge(-1)] | None = 3
     min_epochs: Count | None = None
     max_steps: Annotated[int, Ge(-1)] = -1
@@ -336,18 +322,30 @@ class TrainerConfig(Section):
     sync_batchnorm: bool = False
     checkpoint: Literal["last", "best"] = "last"
     early_stopping_patience: Count | None = None
+    checkpoint_every_n_steps: Count | None = None
+    checkpoint_every_minutes: Positive | None = 2.0
+    keep_checkpoints: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for Lightning's Trainer; ``precision`` may still be ``"auto"``."""
-        arguments = {key: getattr(self, key) for key in type(self).model_fields}
+        ours = (
+            "checkpoint", "early_stopping_patience", "checkpoint_every_n_steps", "checkpoint_every_minutes",
+            "keep_checkpoints",
+        )  # fmt: skip
+        arguments = {key: getattr(self, key) for key in type(self).model_fields if key not in ours}
         arguments["devices"] = list(self.devices) if isinstance(self.devices, tuple) else self.devices
-        return {key: value for key, value in arguments.items() if key not in ("checkpoint", "early_stopping_patience")}
+        return arguments
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Training has to end."""
-        if self.max_steps == -1 and self.max_epochs in (-1, None) and self.max_time is None and not self.fast_dev_run:
-            keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.fast_dev_run")
-            yield Conflict(keys, "trainer.max_epochs, max_steps and max_time: nothing ends the training: set one")
+        """Training has a length: the phases of strategies and the learning rate are laid out over it."""
+        if self.max_steps == -1 and self.max_epochs in (-1, None) and not self.fast_dev_run:
+            keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.fast_dev_run")
+            yield Conflict(keys, "trainer.max_epochs, max_steps: nothing says how long training is: set one")
+        if self.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", self.max_time):
+            message = f"trainer.max_time={self.max_time}: expected days, hours, minutes and seconds as 00:12:00:00"
+            yield Conflict(("trainer.max_time",), message)
+        if self.devices in (0, ()):
+            yield Conflict(("trainer.devices",), f"trainer.devices={self.devices}: expected at least one, or auto")
 
 
 class WandbConfig(Section):
@@ -402,6 +400,10 @@ class RunConfig(Section):
         if planted and self.backbone.name != "none":
             message = f"backbone={self.backbone.name}: task=planted brings its own model: leave the backbone out"
             yield Conflict(("task.name", "backbone.name"), message)
+        if self.run_root.exists() and not self.run_root.is_dir():
+            yield Conflict(("run_root",), f"run_root={self.run_root}: expected a folder, got a file")
+        if isinstance(self.logger, WandbConfig) and importlib.util.find_spec("wandb") is None:
+            yield Conflict(("logger.name",), "logger=wandb: wandb is not installed: pip install wandb, or logger=csv")
         if not planted and self.backbone.name == "none":
             yield Conflict(("task.name", "backbone.name"), f"backbone=none: task={self.task.name} needs a model")
 

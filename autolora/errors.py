@@ -30,3 +30,15 @@ class PlanError(AutoLoRAError):
 
 class NonFiniteLossError(AutoLoRAError):
     """The training loss became NaN or infinite."""
+
+
+class CheckpointError(AutoLoRAError):
+    """A checkpoint is refused: it carries code, or belongs to another run."""
+
+
+class BusyError(AutoLoRAError):
+    """Another process works on the same run directory."""
+
+
+class DiskFullError(AutoLoRAError):
+    """There is no space left for a file that has to be written."""

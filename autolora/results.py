@@ -8,17 +8,20 @@ stands, the rest is complete.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,7 +29,7 @@ from typing import IO, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autolora.config import RunConfig
-from autolora.errors import DataError
+from autolora.errors import DataError, DiskFullError
 
 SCHEMA = 1
 _PACKAGES = (
@@ -35,10 +38,12 @@ _PACKAGES = (
 )  # fmt: skip
 # What says where a run is kept and how it is watched, not what it computes. The data themselves are in the fingerprint.
 _NOT_IDENTITY = (
-    "run_root", "force", "logger", "data.source", "data.dir", "data.cache_dir", "data.num_workers",
-    "trainer.enable_progress_bar",
+    "run_root", "force", "logger", "data.source", "data.dir", "data.cache_dir", "data.num_workers", "backbone.path",
+    "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_minutes",
+    "trainer.keep_checkpoints",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Record(BaseModel):
@@ -54,9 +59,12 @@ class Metrics(_Record):
 
 
 class Params(_Record):
-    """Parameter counts: final adapters, fully trained head, the most ever trained at once, the budget, the backbone."""
+    """Parameter counts: final adapters (A and B: what the budget counts), trained biases and scales (``extra``), fully
+    trained head, the most ever trained at once, the budget, the backbone.
+    """
 
     adapter: int
+    extra: int = 0
     head: int
     peak_trainable: int
     budget: int | None
@@ -64,9 +72,14 @@ class Params(_Record):
 
 
 class Seconds(_Record):
-    """Wall-clock seconds of the parts of a run."""
+    """Wall-clock seconds of the parts of a run, over all attempts.
+
+    ``earlier`` is the share of ``total`` that attempts before the last had spent when they wrote the checkpoint that
+    was gone on from. What a killed attempt did after its last checkpoint is lost, and counts nowhere.
+    """
 
     total: float = 0.0
+    earlier: float = 0.0
     fit: float = 0.0
     select: float = 0.0
     retrain: float = 0.0
@@ -100,6 +113,7 @@ class RunResult(_Record):
     data_source: str
     data_fingerprint: str
     backbone: str
+    backbone_fingerprint: str = ""
     strategy: str
     seed: int
     metrics: Metrics
@@ -142,9 +156,9 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def of(cls, cfg: RunConfig, data_source: str, data_fingerprint: str) -> RunDirectory:
-        """The directory of a configuration on the data that it was resolved to."""
-        digest = config_hash(cfg, data_source, data_fingerprint)
+    def of(cls, cfg: RunConfig, data_source: str, data_fingerprint: str, backbone_fingerprint: str) -> RunDirectory:
+        """The directory of a configuration on the data and the weights that it was resolved to."""
+        digest = config_hash(cfg, data_source, data_fingerprint, backbone_fingerprint)
         name = run_name(cfg.task.name, data_source, cfg.backbone.label, cfg.strategy.name, cfg.seed, digest)
         return cls(cfg.run_root / name)
 
@@ -179,14 +193,45 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
     def wandb(self) -> Path:
         """Files of Weights & Biases."""
         return self.path / "wandb"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside this context the directory is there, and no other process works on it.
+
+        Raises:
+            BusyError: if one does.
+        """
+        from autolora.locking import exclusive
+
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.path):
+            yield
+
+    def clear(self) -> None:
+        """Take away what an earlier run has left, its result first, so that the rest never looks complete."""
+        for path in (self.result, self.ranks, self.predictions, self.history):
+            path.unlink(missing_ok=True)
+        for folder in (self.adapter, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def start(self, cfg: RunConfig) -> None:
-        """Make the directory, take away an older result, and write the configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Take away an older result and what a killed process was writing, and write the configuration.
+
+        Call it while the directory is :meth:`held`: what looks half-written is nobody's then.
+        """
         self.result.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints):
+            for rest in folder.glob(".*.tmp"):
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         write_text_atomic(self.config, cfg.to_yaml())
 
     def write_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -243,11 +288,11 @@ def read_result(path: Path) -> RunResult:
         raise DataError(f"{file}: missing or malformed fields: {fields}; run again with force=true") from None
 
 
-def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str) -> str:
-    """sha256 of what decides the outcome of a run: its configuration, and the data it was resolved to.
+def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbone_fingerprint: str) -> str:
+    """sha256 of what decides the outcome of a run: its configuration, and the data and weights it was resolved to.
 
-    Where runs go and how they are logged takes no part; nor do the way to the data (``data.source``, ``data.dir``,
-    ``data.cache_dir``), since the resolved source and the fingerprint say what they are.
+    Where runs go and how they are logged takes no part; nor do the ways to the data (``data.source``, ``data.dir``,
+    ``data.cache_dir``) and to the weights (``backbone.path``), since the fingerprints say what they are.
     """
     tree = cfg.model_dump(mode="json")
     for key in _NOT_IDENTITY:
@@ -256,7 +301,12 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str) -> str:
         for parent in parents:
             node = node[parent]
         del node[last]
-    identity = {"config": tree, "data_source": data_source, "data_fingerprint": data_fingerprint}
+    identity = {
+        "config": tree,
+        "data_source": data_source,
+        "data_fingerprint": data_fingerprint,
+        "backbone_fingerprint": backbone_fingerprint,
+    }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -288,16 +338,85 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left."""
+    """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(file: io.FileIO, text: str) -> None:
+    """Add text at the end of a file that is open without a buffer, as a whole or not at all.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    with writing(Path(str(file.name))):
+        end = file.seek(0, os.SEEK_END)
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside this context a full disk is an error that the user can mend; ``path`` is what is being written.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
     try:
-        with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFullError(
+            f"{path}: could not be written ({error.strerror}), and what was there before is as it was; free space and "
+            "repeat the command: a run goes on from its last checkpoint"
+        ) from None
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its place once all its files are on disk; after a failure nothing is left.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in (file for file in temporary.rglob("*") if file.is_file()):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            if path.exists():  # a folder with something in it cannot be replaced in one step
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+        finally:
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _finite(value: Any, where: str, notes: list[str]) -> Any:
@@ -319,11 +438,12 @@ def git_state(directory: Path | None = None) -> Git:
     """Commit, and whether tracked files differ from it.
 
     Args:
-        directory: inside the repository; by default the checkout that this package runs from, else the current folder.
+        directory: inside the repository; by default the checkout that this package runs from, if it is one.
     """
     if directory is None:
-        checkout = Path(__file__).resolve().parents[1]
-        directory = checkout if (checkout / ".git").exists() else Path.cwd()
+        directory = Path(__file__).resolve().parents[1]
+        if not (directory / ".git").exists():
+            return Git()
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return Git()
@@ -376,8 +496,19 @@ def _cpu() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
+def forget_peak_memory() -> None:
+    """Start :meth:`peak_memory_bytes` anew, where the platform lets it: the runs of a sweep share a process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process has had resident; 0 where the platform does not tell."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:

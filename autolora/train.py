@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.paths import config_root
+from autolora.signals import Interrupted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -38,7 +39,9 @@ Examples:
   {program} -m task=sst2,mrpc strategy=uniform,autolora seed=0,1,2
 
 -m runs every combination of values separated by commas. --config-dir DIR adds groups and choices of your own.
-Exit codes: 0 done, 1 a run failed, 2 the configuration is wrong. Hydra's own options: --hydra-help.
+A run that was killed or stopped goes on from its last checkpoint when the same command is given again.
+Exit codes: 0 done, 1 a run failed, 2 the configuration is wrong, 130 Ctrl-C, 143 SIGTERM.
+Hydra's own options: --hydra-help.
 """
 
 
@@ -49,22 +52,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments in place of ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: 1 if a run fails with an error that the user can mend, 2 if the configuration is wrong.
+        SystemExit: 1 if a run fails with an error that the user can mend, 2 if the configuration is wrong, 130 after
+            Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
         print(_help(arguments), end="")
         return
+    try:
+        code = _checked(arguments)
+    except KeyboardInterrupt:  # before a run has begun, or between two
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def _checked(arguments: Sequence[str]) -> int:
     from autolora.compose import check_command_line
 
     try:
         arguments = check_command_line(arguments)
     except ConfigError as error:
         _complain(error)
-        sys.exit(2)
-    code = _execute(arguments)
-    if code:
-        sys.exit(code)
+        return 2
+    return _execute(arguments)
 
 
 def _execute(arguments: Sequence[str]) -> int:
@@ -78,6 +89,9 @@ def _execute(arguments: Sequence[str]) -> int:
     def job(cfg: DictConfig) -> None:
         try:
             _run(cfg)
+        except Interrupted as stop:  # SystemExit passes Hydra by, and ends a sweep
+            # A helper process that exits with an error would have Lightning kill the first one.
+            sys.exit(stop.exit_code if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
         except AutoLoRAError as error:
             _complain(error)
             failures.append(2 if isinstance(error, ConfigError) else 1)
@@ -104,7 +118,10 @@ def _run(cfg: DictConfig) -> None:
     from autolora.results import RunDirectory
 
     if is_main_process():
-        print_summary(result, RunDirectory.of(config, result.data_source, result.data_fingerprint).path)
+        print_summary(
+            result,
+            RunDirectory.of(config, result.data_source, result.data_fingerprint, result.backbone_fingerprint).path,
+        )
 
 
 def _complain(error: AutoLoRAError) -> None:

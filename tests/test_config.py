@@ -211,7 +211,14 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("adapter.rank_pattern={query:-1}", "adapter.rank_pattern={query:-1}: expected a mapping of names to integers"),
         ("budget=none budget.rank=4", "budget.rank=4: there is no budget with budget=none: keep one"),
         ("budget.rank=4 budget.params=9", "budget.rank=4 and budget.params=9: expected at most one of rank, params"),
-        ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps and max_time: nothing ends the training"),
+        ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps: nothing says how long training is: set one"),
+        ("trainer.max_epochs=-1 trainer.max_time=00:00:00:06", "trainer.max_epochs, max_steps: nothing says how long"),
+        ("trainer.max_time=abc", "trainer.max_time=abc: expected days, hours, minutes and seconds as 00:12:00:00"),
+        ("trainer.accelerator=foo", "trainer.accelerator=foo: expected one of auto, cpu, gpu, cuda, mps, got 'foo'"),
+        ("trainer.strategy=foo", "trainer.strategy=foo: expected one of auto, ddp, fsdp, got 'foo'"),
+        ("trainer.devices=0", "trainer.devices=0: expected at least one, or auto"),
+        ("trainer.devices=foo", "trainer.devices=foo: expected an integer >= -1 or "),
+        ("run_root=/dev/null", "run_root=/dev/null: expected a folder, got a file"),
         ("trainer.precision=bf16-mixd", "trainer.precision=bf16-mixd: expected one of auto, 32-true, "),
         ("trainer.limit_train_batches=-3", "trainer.limit_train_batches=-3: expected an integer >= 1 or a number >= 0"),
         ("trainer.logger=x", "trainer.logger=x: unknown key trainer.logger; the keys of trainer are: accelerator, "),
@@ -230,6 +237,13 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_a_fault_is_one_clear_line(overrides: str, line: str) -> None:
     (fault,) = faults_of(*overrides.split())
     assert fault.startswith(line)
+
+
+def test_a_logger_that_is_not_installed_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (fault,) = faults_of("logger=wandb")
+    assert fault == "logger=wandb: wandb is not installed: pip install wandb, or logger=csv"
+    assert compose(["logger=csv"]).logger.name == "csv"
 
 
 def test_all_faults_are_reported_together() -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from autolora import results
 from autolora.compose import compose
-from autolora.errors import DataError
+from autolora.errors import BusyError, DataError, DiskFullError
+from autolora.locking import exclusive
 from autolora.results import (
     Git,
     Metrics,
@@ -34,7 +35,8 @@ from autolora.results import (
 )
 
 KEYS = {
-    "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "strategy", "seed", "metrics",
+    "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "backbone_fingerprint", "strategy", "seed",
+    "metrics",
     "selection_metrics", "params", "adapter_bytes", "ranks", "seconds", "examples_per_second", "peak_memory_bytes",
     "steps", "config_hash", "git", "versions", "hardware", "notes",
 }  # fmt: skip
@@ -68,8 +70,8 @@ def make_result(**changes: Any) -> RunResult:
 # Identity ------------------------------------------------------------------------------------------------------------
 
 
-def digest(*overrides: str, source: str = "mini", fingerprint: str = "f") -> str:
-    return config_hash(compose(list(overrides)), source, fingerprint)
+def digest(*overrides: str, source: str = "mini", fingerprint: str = "f", weights: str = "w") -> str:
+    return config_hash(compose(list(overrides)), source, fingerprint, weights)
 
 
 def test_hash_is_of_what_decides_the_outcome() -> None:
@@ -78,13 +80,16 @@ def test_hash_is_of_what_decides_the_outcome() -> None:
     different = [
         digest("seed=1"), digest("strategy=uniform"), digest("strategy.rotate=false"), digest("budget.rank=4"),
         digest("optim.adapter.lr=0.1"), digest("data.max_train=5"), digest(source="hub"), digest(fingerprint="g"),
+        digest(weights="v"),
     ]  # fmt: skip
     assert len({base, *different}) == 1 + len(different)
 
 
 def test_hash_does_not_depend_on_where_and_how_it_is_watched(tmp_path: Path) -> None:
     same = [f"run_root={tmp_path}", "force=true", "logger=csv", "data.source=mini", f"data.dir={tmp_path}"]
+    same += [f"backbone.path={tmp_path}"]
     same += [f"data.cache_dir={tmp_path}", "data.num_workers=2", "trainer.enable_progress_bar=false"]
+    same += [f"trainer.checkpoint_every_{key}=7" for key in ("n_steps", "minutes")] + ["trainer.keep_checkpoints=true"]
     assert digest(*same) == digest()
 
 
@@ -96,7 +101,7 @@ def test_run_name_is_safe_as_a_file_name() -> None:
 
 def test_directory_carries_the_resolved_source() -> None:
     config = compose(["run_root=out"])
-    mini, hub = (RunDirectory.of(config, source, "f").path for source in ("mini", "hub"))
+    mini, hub = (RunDirectory.of(config, source, "f", "w").path for source in ("mini", "hub"))
     assert mini.parent == Path("out")
     assert mini.name.startswith("mnli-mini-minilm-autolora-seed0-")
     assert mini.name.rpartition("-")[2] != hub.name.rpartition("-")[2]
@@ -110,8 +115,8 @@ def test_result_has_the_fields_of_the_schema() -> None:
     assert set(data) == KEYS
     assert data["schema"] == 1
     assert set(data["metrics"]) == {"primary", "value", "all"}
-    assert set(data["params"]) == {"adapter", "head", "peak_trainable", "budget", "backbone"}
-    assert set(data["seconds"]) == {"total", "fit", "select", "retrain", "evaluate"}
+    assert set(data["params"]) == {"adapter", "extra", "head", "peak_trainable", "budget", "backbone"}
+    assert set(data["seconds"]) == {"total", "earlier", "fit", "select", "retrain", "evaluate"}
     assert set(data["git"]) == {"commit", "dirty"}
 
 
@@ -175,14 +180,47 @@ def test_only_a_complete_result_counts(tmp_path: Path) -> None:
 # Directory -----------------------------------------------------------------------------------------------------------
 
 
-def test_start_takes_the_old_result_away_first(tmp_path: Path) -> None:
+def test_start_takes_the_old_result_and_half_written_files_away(tmp_path: Path) -> None:
     config = compose([f"run_root={tmp_path}/deep/er"])
-    directory = RunDirectory.of(config, "mini", "f")
-    directory.start(config)
-    directory.write_result(make_result())
-    directory.start(config)
-    assert sorted(file.name for file in directory.path.iterdir()) == ["config.yaml"]
+    directory = RunDirectory.of(config, "mini", "f", "w")
+    with directory.held():
+        directory.start(config)
+        directory.write_result(make_result())
+        (directory.path / ".ranks.json.77.tmp").touch()
+        (directory.path / ".adapter.77.tmp" / "deep").mkdir(parents=True)
+        directory.start(config)
+        assert sorted(file.name for file in directory.path.iterdir()) == [".lock", "config.yaml"]
     assert directory.config.read_text(encoding="utf-8") == config.to_yaml()
+
+
+def test_clear_takes_everything_away_that_a_run_leaves(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    for path in (directory.ranks, directory.history, directory.predictions):
+        path.touch()
+    directory.write_result(make_result())
+    for folder in (directory.checkpoints, directory.adapter):
+        folder.mkdir()
+        (folder / "x").touch()
+    directory.clear()
+    assert list(tmp_path.iterdir()) == []
+    directory.clear()
+
+
+def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from autolora.locking import exclusive\n"
+    code += "with exclusive(Path(sys.argv[1])): print(os.getpid(), flush=True); sys.stdin.read()"
+    root = Path(__file__).resolve().parents[1]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    pid = holder.stdout.readline().strip()
+    with pytest.raises(BusyError, match=rf"process {pid} on .* is working on this run"), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with exclusive(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_ranks_and_predictions(tmp_path: Path) -> None:
@@ -201,7 +239,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFullError, match=r"ranks\.json: could not be written \(No space left on device\)"):
         write_json_atomic(file, {"a": 2})
     monkeypatch.undo()
     with pytest.raises(ValueError, match="Out of range float"):

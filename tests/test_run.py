@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from autolora.compose import compose
 from autolora.config import RunConfig
@@ -78,7 +79,7 @@ def _clashes(key: str, given: dict[str, str]) -> bool:
 
 
 def directory_of(cfg: RunConfig, result: RunResult) -> RunDirectory:
-    return RunDirectory.of(cfg, result.data_source, result.data_fingerprint)
+    return RunDirectory.of(cfg, result.data_source, result.data_fingerprint, result.backbone_fingerprint)
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "autolora"])
@@ -87,7 +88,7 @@ def test_a_run_leaves_a_complete_record(configure: Any, strategy: str) -> None:
     result = run_one(cfg)
     files = directory_of(cfg, result)
     assert {path.name for path in files.path.iterdir()} == {
-        "config.yaml", "result.json", "ranks.json", "history.csv", "predictions.csv", "checkpoints",
+        "config.yaml", "result.json", "ranks.json", "history.csv", "predictions.csv", "adapter", ".lock",
     }  # fmt: skip
     assert json.loads(files.result.read_text())["status"] == "complete"
     assert (result.task, result.data_source, result.strategy, result.metrics.primary) == (
@@ -106,21 +107,19 @@ def test_a_run_leaves_a_complete_record(configure: Any, strategy: str) -> None:
 
 
 def test_predictions_are_those_of_the_saved_adapter(configure: Any, tiny_bert_dir: Path, sst2: Path) -> None:
-    """Saved tensors and ranks rebuild the model: same logits, row by row, and the metric that is reported."""
-    from autolora.adapters import AdapterSettings, attach, find_sites
+    """In stock PEFT, over a backbone with another head: same logits, row by row, and the metric that is reported."""
+    from peft import PeftModel
+
     from autolora.backbones import load_backbone
 
     cfg = configure("strategy=autolora")
     result = run_one(cfg)
     files = directory_of(cfg, result)
     backbone = load_backbone(path=tiny_bert_dir, num_labels=2, head_seed=123)
-    settings = AdapterSettings(scale=cfg.adapter.effective_scale())
-    adapters = attach(backbone.model, settings, RankPlan(find_sites(backbone.model, settings), result.ranks))
-    adapters.load_trainable_state(load_file(files.checkpoints / "final.safetensors"))
-    backbone.model.eval()
+    model = PeftModel.from_pretrained(backbone.model, str(files.adapter)).eval()
     sentences = [line.split("\t")[0] for line in (sst2 / "SST-2" / "dev.tsv").read_text().splitlines()[1:]]
     with torch.no_grad():
-        logits = backbone.model(**backbone.tokenizer(sentences, padding=True, return_tensors="pt")).logits
+        logits = model(**backbone.tokenizer(sentences, padding=True, return_tensors="pt")).logits
     rows = list(csv.DictReader(files.predictions.open()))
     assert [int(row["id"]) for row in rows] == list(range(40))
     saved = torch.tensor([[float(row["logit_0"]), float(row["logit_1"])] for row in rows])
@@ -146,6 +145,48 @@ def test_other_data_is_another_run(configure: Any, tmp_path: Path) -> None:
     other = write_sst2(tmp_path / "other", flip_dev=True)
     one, two = configure("trainer.max_steps=1"), configure("trainer.max_steps=1", data=other)
     assert directory_of(one, run_one(one)).path != directory_of(two, run_one(two)).path
+
+
+def test_other_weights_in_the_same_folder_are_another_run(configure: Any, tiny_bert_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bert_dir, model)
+    first = run_one(configure(f"backbone.path={model}", "trainer.max_steps=1"))
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(model, moved)
+    assert run_one(configure(f"backbone.path={moved}", "trainer.max_steps=1")) == first
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.layer.0.attention.self.key.weight"] *= 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    second = run_one(configure(f"backbone.path={model}", "trainer.max_steps=1"))
+    assert second.backbone_fingerprint != first.backbone_fingerprint
+    assert second.config_hash != first.config_hash
+
+
+def test_a_model_that_diverged_has_no_result(configure: Any) -> None:
+    """Also where nothing but the evaluation sees it: after the last step."""
+    cfg = configure("trainer.max_steps=1", "optim.adapter.lr=1e30", "strategy=uniform")
+    with pytest.raises(NonFiniteLossError, match=r"training has diverged: the outputs of \d+ of \d+ heldout rows"):
+        run_one(cfg)
+    assert not list(cfg.run_root.glob("*/result.json"))
+
+
+def test_biases_and_scales_are_counted_apart_from_the_budget(configure: Any) -> None:
+    result = run_one(
+        configure("strategy=uniform", "adapter.bias=all", "adapter.learn_scale=true", "trainer.max_steps=1")
+    )
+    plain = run_one(configure("strategy=uniform", "trainer.max_steps=1"))
+    assert result.params.budget is not None
+    assert result.params.adapter == plain.params.adapter <= result.params.budget
+    biases = 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32  # Linears and LayerNorms of two layers, embeddings, pooler
+    assert result.params.extra == biases + len(result.ranks)
+    assert result.params.backbone == plain.params.backbone
+    assert plain.params.extra == 0
+
+
+def test_a_run_that_time_cut_short_says_that_it_learned_no_ranks(configure: Any) -> None:
+    result = run_one(configure("strategy=autolora", "trainer.max_epochs=500", "trainer.max_time=00:00:00:01"))
+    assert result.steps < 500 * 7
+    assert any(note.startswith("training ended in the ") for note in result.notes)
 
 
 def test_nothing_that_is_reported_was_used_to_choose(configure: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import yaml
 
 from autolora.config import RunConfig
 from autolora.errors import BackboneError, ConfigError, DataError
+from autolora.signals import Interrupted
 from autolora.train import main
 from autolora.validate import require
 
@@ -126,6 +128,26 @@ def test_a_failed_cell_does_not_stop_the_others(
     assert exit_code("-m", "seed=0,1,2") == 1
     assert [config.seed for config in runs] == [0, 2]
     assert capsys.readouterr().err == "error: no weights\n"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_a_sweep(runs: Runs, monkeypatch: pytest.MonkeyPatch, signum: int, code: int) -> None:
+    def run_one(config: RunConfig) -> None:
+        if config.seed == 1:
+            raise Interrupted(signum)
+        runs.append(config)
+
+    install(monkeypatch, run_one)
+    assert exit_code("-m", "seed=0,1,2") == code
+    assert [config.seed for config in runs] == [0]
+
+
+def test_ctrl_c_before_a_run_is_no_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_one(config: RunConfig) -> None:
+        raise KeyboardInterrupt
+
+    install(monkeypatch, run_one)
+    assert exit_code() == 130
 
 
 def test_errors_that_are_ours_keep_their_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ class Strategy(Generic[OptionsT]):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What the strategy needs to go on, besides parameters and gates: tensors, numbers, text, lists and mappings."""
+        """What the strategy needs to go on besides parameters and gates: tensors, numbers, text, lists and mappings."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
+from autolora.results import append, write_text_atomic
 from autolora.training.module import AdapterModule
 
 
 class History(pl.Callback):
-    """Writes ``history.csv``: a row every ``every`` steps, flushed at once, and the same numbers to the logger.
+    """Writes ``history.csv``: a row every ``every`` steps, at once, and the same numbers to the logger.
 
-    Columns: step, epoch, seconds since the start, mean training loss since the last row, held-out score (where one was
+    A fit that is resumed goes on with the file as it was at the checkpoint.
+
+    Columns: step, epoch, seconds of training, mean training loss since the last row, held-out score (where one was
     just measured), parameters and components that are active, learning rates, what the strategy reports, and the rank
     of every module.
     """
@@ -28,14 +32,34 @@ class History(pl.Callback):
         self.latest: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._written_at = -1
+        self._rows = 0
+        self._seconds = 0.0
+        self._header: list[str] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows that are written, losses that wait for theirs, and the seconds so far."""
+        return {
+            "rows": self._rows,
+            "written_at": self._written_at,
+            "losses": torch.stack(self._losses) if self._losses else torch.zeros(0),
+            "seconds": self._elapsed(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self._rows, self._written_at = state_dict["rows"], state_dict["written_at"]
+        self._losses, self._seconds = list(state_dict["losses"]), state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file, in one process alone."""
         self._started = time.perf_counter()
+        self._losses = [loss.to(pl_module.device) for loss in self._losses]
         if not trainer.is_global_zero:
             return
-        self._file = self.path.open("w", newline="")
-        self._writer: csv.DictWriter[str] | None = None
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self._rows else []
+        write_text_atomic(self.path, "".join(lines[: 1 + self._rows]))
+        self._header = next(csv.reader(lines), None)
+        self._file = io.FileIO(self.path, "a")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,8 +80,12 @@ class History(pl.Callback):
         if pl_module.steps_done and trainer.is_global_zero:
             self._write(trainer, pl_module, float(trainer.callback_metrics["heldout"]))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the file after a failure."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the file, also after a failure."""
+        """Close the file."""
         if hasattr(self, "_file"):
             self._file.close()
 
@@ -67,7 +95,7 @@ class History(pl.Callback):
         row: dict[str, Any] = {
             "step": module.steps_done,
             "epoch": trainer.current_epoch,
-            "seconds": round(time.perf_counter() - self._started, 3),
+            "seconds": round(self._elapsed(), 3),
             "loss": torch.stack(self._losses).mean().item() if self._losses else None,
             "heldout": heldout,
             "active_params": plan.params,
@@ -80,11 +108,17 @@ class History(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=module.steps_done)
         row |= {f"rank:{name}": rank for name, rank in plan.items()}
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, fieldnames=list(row))
-            self._writer.writeheader()
-        self._writer.writerow(row)
-        self._file.flush()
+        text = io.StringIO(newline="")
+        writer: csv.DictWriter[str] = csv.DictWriter(text, fieldnames=self._header or list(row))
+        if self._header is None:
+            writer.writeheader()
+            self._header = list(row)
+        writer.writerow(row)
+        append(self._file, text.getvalue())
+        self._rows += 1
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.perf_counter() - self._started
 
 
 class ProgressBar(TQDMProgressBar):
@@ -124,6 +158,14 @@ class HeldoutChoice(pl.Callback):
         self.best = float("-inf")
         self.state: dict[str, Tensor] | None = None
         self._waited = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score and state so far, and the measurements since."""
+        return {"best": self.best, "state": self.state, "waited": self._waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self.best, self.state, self._waited = state_dict["best"], state_dict["state"], state_dict["waited"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare with the best so far."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from autolora.errors import DataError
 from autolora.tasks.records import Split
 from autolora.training.batches import BucketSampler, TokenBatches, Tokens, tokenize_cached
+from autolora.training.problem import Batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ Loader = DataLoader[dict[str, Tensor]]
 FIT, HELDOUT = "fit", "heldout"
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(Batches):
     """Splits of a text task as loaders of padded batches (:class:`autolora.training.batches.TokenBatches`).
 
     Training reads ``fit`` in shuffled, length-bucketed batches; validation reads ``heldout``; test and prediction read
@@ -97,8 +97,16 @@ class TextDataModule(LightningDataModule):
                 self.tokens(name)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled batches of ``fit``."""
-        return self.shuffled_loader(FIT)
+        """Shuffled batches of ``fit``, the first time from :attr:`start` on."""
+        loader = self.shuffled_loader(FIT)
+        self.seek(loader, *self.start)
+        return loader
+
+    @staticmethod
+    def seek(loader: Loader, epoch: int, batch: int) -> None:
+        """Let a loader of ours begin in the middle of an epoch."""
+        assert isinstance(loader.sampler, BucketSampler)
+        loader.sampler.load_state_dict({"epoch": epoch, "batch": batch})
 
     def val_dataloader(self) -> list[Loader]:
         """Batches of ``heldout``, if there is one."""

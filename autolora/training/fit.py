@@ -11,12 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save
 from torch import Tensor
 
-from autolora.errors import NonFiniteLossError
+from autolora.errors import ConfigError, NonFiniteLossError
 from autolora.results import replacing
 from autolora.training.callbacks import HeldoutChoice
+from autolora.training.checkpoints import SafeFiles
 from autolora.training.module import AdapterModule
 from autolora.training.problem import Problem
 
@@ -39,34 +41,60 @@ def make_trainer(arguments: dict[str, Any], *, root: Path, callbacks: Sequence[p
         root: where Lightning may write.
         callbacks: besides Lightning's own.
         logger: a Lightning logger, or ``None``.
+
+    Raises:
+        ConfigError: if this machine cannot do what the arguments ask for.
     """
     _quiet()
     arguments = {key: value for key, value in arguments.items() if value is not None}
     arguments["precision"] = resolve_precision(arguments["precision"], arguments["accelerator"])
-    if arguments["strategy"] == "ddp":
+    if arguments["strategy"] == "ddp" or (arguments["strategy"] == "auto" and _several(arguments)):
         # Selectors take part in the forward pass in some phases only.
         arguments["strategy"] = DDPStrategy(find_unused_parameters=True)
-    return pl.Trainer(
-        **arguments,
-        callbacks=list(callbacks),
-        logger=logger or False,
-        default_root_dir=root,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the data module's samplers know about processes
-    )
+    try:
+        return pl.Trainer(
+            **arguments,
+            callbacks=list(callbacks),
+            logger=logger or False,
+            default_root_dir=root,
+            plugins=[SafeFiles()],
+            enable_checkpointing=False,  # Lightning's own callback for them
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the data module's samplers know about processes
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
 
 
-def fit(trainer: pl.Trainer, module: AdapterModule, problem: Problem, choice: HeldoutChoice, checkpoints: Path) -> None:
-    """Prepare the strategy on training data, and train.
+def _several(arguments: dict[str, Any]) -> bool:
+    """Whether training is on more than one device."""
+    devices = arguments["devices"]
+    if devices in ("auto", -1):
+        devices = 1 if arguments["accelerator"] == "cpu" else torch.cuda.device_count()
+    count = len(devices) if isinstance(devices, list) else devices
+    return count * arguments["num_nodes"] > 1
+
+
+def fit(
+    trainer: pl.Trainer,
+    module: AdapterModule,
+    problem: Problem,
+    choice: HeldoutChoice,
+    checkpoints: Path,
+    resume: Path | None = None,
+) -> None:
+    """Prepare the strategy on training data, and train; or go on from the checkpoint ``resume``.
 
     Raises:
+        CheckpointError: if the checkpoint does not fit.
+        Interrupted: if a signal asks to stop; there is a checkpoint then.
         NonFiniteLossError: if the loss stops being finite; the last good state is in ``last_good.safetensors`` then.
     """
     problem.model.train()
-    module.strategy.prepare(problem.datamodule.train_dataloader(), problem.loss)
+    if resume is None:
+        module.strategy.prepare(problem.datamodule.train_dataloader(), problem.loss)
     try:
-        trainer.fit(module, datamodule=problem.datamodule)
+        trainer.fit(module, datamodule=problem.datamodule, ckpt_path=resume)
     except NonFiniteLossError as error:
         step, state = module.last_good
         path = checkpoints / "last_good.safetensors"
@@ -89,4 +117,5 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # our sampler is
     warnings.filterwarnings("ignore", message=".*Precision .* is not supported by the model summary.*")

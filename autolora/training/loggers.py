@@ -38,10 +38,19 @@ class WandbRun:
         name: of the run.
         settings: project, entity, mode, group and tags.
         config: the run's configuration.
+        resume: identifier of a W&B run to go on with; offline it becomes another part of the same run.
     """
 
-    def __init__(self, directory: Path, name: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
+        resume: str | None = None,
+    ) -> None:
         self.directory, self.name, self.settings, self.config = directory, name, settings, config
+        self.resume = resume
         self.logger: WandbLogger | None = None
 
     def __enter__(self) -> WandbRun:
@@ -58,6 +67,8 @@ class WandbRun:
             tags=list(self.settings["tags"]),
             mode=wandb_mode(self.settings["mode"]),
             config=dict(self.config),
+            id=self.resume,
+            resume=None if self.resume is None else "allow",
             settings=wandb.Settings(console="off"),
         )
         self.logger.experiment  # noqa: B018  starts the run

@@ -7,14 +7,16 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from autolora.errors import NonFiniteLossError
+from autolora.errors import CheckpointError, NonFiniteLossError
 from autolora.strategies.base import Batch, Rates, Strategy
-from autolora.training.problem import Outputs, Problem
+from autolora.training.optimizer import make_optimizer
+from autolora.training.problem import Problem, in_order
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -71,26 +73,54 @@ class AdapterModule(pl.LightningModule):
         self.problem, self.strategy, self.rates = problem, strategy, rates
         self.betas, self.eps, self.schedule, self.warmup = betas, eps, schedule, warmup
         self.snapshot_every = snapshot_every
-        self.steps_done = 0
+        self.strict_loading = False  # checkpoints hold what training changes, which is loaded here
+        self.steps_done = self.total_steps = 0
         self.examples_seen = 0
         self.last_loss: Tensor | None = None
         self.last_good: tuple[int, dict[str, Tensor]] = (0, strategy.adapters.trainable_state())
         self._heldout: Iterator[Batch] | None = None
+        self._heldout_taken = 0
+        self._restored: dict[str, Any] | None = None
         self._heldout_outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the strategy's parameter groups, with a schedule by step for all groups that are not constant."""
-        total = int(self.trainer.estimated_stepping_batches)
-        groups = self.strategy.param_groups(self.rates, total)
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps)
+        self.total_steps = total = int(self.trainer.estimated_stepping_batches)
+        optimizer = self._optimizer()
+        self.strategy.begin(total, optimizer)
+        if self._restored is not None:  # the model that begin() saw had its first ranks
+            self._restore(self._restored)
+            optimizer = self._optimizer()
         constant = [bool(group.get("constant")) for group in optimizer.param_groups]
 
         def factor(step: int) -> float:
             return schedule_factor(step, total, self.warmup, self.schedule)
 
         scheduler = LambdaLR(optimizer, [(lambda step: 1.0) if fixed else factor for fixed in constant])
-        self.strategy.begin(total, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self) -> Optimizer:
+        groups = self.strategy.param_groups(self.rates, self.total_steps)
+        return make_optimizer(groups, betas=self.betas, eps=self.eps, fused=self._fused)
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the optimizer updates all at once: not where gradients are sharded, or scaled for float16."""
+        plain = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        return plain and self.trainer.precision != "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm or value; Lightning's own clipping refuses every fused optimizer under autocast."""
+        if not self._fused:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Give the strategy its held-out step, once for each optimizer step.
@@ -127,11 +157,11 @@ class AdapterModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Score the held-out slice: ``heldout`` is the primary metric, as a number to maximise."""
-        index, logits, labels = (torch.cat(parts) for parts in zip(*self._heldout_outputs, strict=True))
+        index, logits, labels = zip(*self._heldout_outputs, strict=True)
         self._heldout_outputs = []
-        order = index.argsort()
-        scores = self.problem.scores({"heldout": Outputs(logits[order], labels[order])})
-        self.log("heldout", scores.utility(), prog_bar=True)
+        outputs = in_order(index, logits, labels, "heldout")
+        scores = self.problem.scores({"heldout": outputs})
+        self.log("heldout", scores.utility(), prog_bar=True, logger=False)  # History tells the logger
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The gradients are complete."""
@@ -149,15 +179,37 @@ class AdapterModule(pl.LightningModule):
         self.strategy.after_step(self.steps_done, raw)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the strategy's state, and keep only what training can change."""
-        checkpoint["state_dict"] = self.strategy.adapters.trainable_state()
+        """What training can change in place of the whole model, the strategy's state, and the counters."""
+        checkpoint["state_dict"] = {}
+        checkpoint["trainable"] = self.strategy.adapters.trainable_state()
         checkpoint["strategy"] = self.strategy.state_dict()
         checkpoint["steps_done"] = self.steps_done
+        checkpoint["examples_seen"] = self.examples_seen
+        checkpoint["heldout_taken"] = self._heldout_taken
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Wait with it until the strategy has begun."""
+        self._restored = checkpoint
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what :meth:`on_save_checkpoint` gave.
+
+        Raises:
+            CheckpointError: if it does not fit the model.
+        """
+        try:
+            self.strategy.adapters.load_trainable_state(checkpoint["trainable"])
+        except ValueError as error:
+            raise CheckpointError(f"{error}; start again with force=true") from None
+        self.strategy.load_state_dict(checkpoint["strategy"])
+        self.steps_done, self.examples_seen = checkpoint["steps_done"], checkpoint["examples_seen"]
+        self._heldout_taken = checkpoint["heldout_taken"]
+        self.last_good = (self.steps_done, checkpoint["trainable"])
+        self._restored = None
 
     def _next_heldout(self) -> Batch:
-        """The next held-out batch on the model's device; it starts again at its end."""
-        batch = next(self._heldout, None) if self._heldout is not None else None
-        if batch is None:
-            self._heldout = iter(self.problem.heldout_batches())
-            batch = next(self._heldout)
-        return self.transfer_batch_to_device(batch, self.device, 0)
+        """The next held-out batch on the model's device."""
+        if self._heldout is None:
+            self._heldout = iter(self.problem.heldout_batches(self._heldout_taken))
+        self._heldout_taken += 1
+        return self.transfer_batch_to_device(next(self._heldout), self.device, 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -13,22 +13,24 @@ from torch.utils.data import DataLoader, IterableDataset
 from autolora.plan import Budget, RankPlan
 from autolora.strategies.base import Batch
 from autolora.tasks.planted import TeacherStudent
-from autolora.training.problem import Outputs, Problem, Scores
+from autolora.training.problem import Batches, Outputs, Problem, Scores
 
 
 class FreshBatches(IterableDataset[Batch]):
-    """An endless stream of fresh batches, the same for every strategy with the same seed."""
+    """An endless stream of fresh batches, the same for every strategy with the same seed.
 
-    def __init__(self, pair: TeacherStudent, batch_size: int, seed: int) -> None:
-        self.pair, self.batch_size, self.seed = pair, batch_size, seed
+    The first ``start`` are drawn and passed over.
+    """
+
+    def __init__(self, pair: TeacherStudent, batch_size: int, seed: int, start: int = 0) -> None:
+        self.pair, self.batch_size, self.seed, self.start = pair, batch_size, seed, start
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield self.pair.batch(self.batch_size, generator)
+        return islice(iter(lambda: self.pair.batch(self.batch_size, generator), None), self.start, None)
 
 
-class FreshData(LightningDataModule):
+class FreshData(Batches):
     """Fresh batches to fit, and fixed rows to validate."""
 
     def __init__(self, fresh: FreshBatches, heldout: Batch) -> None:
@@ -37,7 +39,8 @@ class FreshData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """An epoch without an end."""
-        return DataLoader(self.fresh, batch_size=None)
+        fresh = self.fresh
+        return DataLoader(FreshBatches(fresh.pair, fresh.batch_size, fresh.seed, self.start[1]), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """One batch."""
@@ -61,6 +64,7 @@ class PlantedRegression(Problem):
     name = "planted"
     data_source = "planted"
     backbone = "none"
+    primary = "excess_error"
     threads = 1  # the matrices are small: more threads wait for each other longer than they work
 
     def __init__(self, pair: TeacherStudent, *, fingerprint: str, batch_size: int, eval_size: int, seed: int) -> None:
@@ -82,9 +86,9 @@ class PlantedRegression(Problem):
         """The planted ranks."""
         return self.pair.true_plan
 
-    def heldout_batches(self) -> Iterable[Batch]:
+    def heldout_batches(self, start: int = 0) -> Iterable[Batch]:
         """Fresh batches that training does not see."""
-        return FreshBatches(self.pair, self.batch_size, self.seed + 3)
+        return FreshBatches(self.pair, self.batch_size, self.seed + 3, start)
 
     def eval_batches(self, split: str) -> Iterable[Batch]:
         """One batch of fixed rows, without noise."""
@@ -104,9 +108,7 @@ class PlantedRegression(Problem):
         error = float(F.mse_loss(first.logits, first.labels))
         excess = error / self.bare_error if self.bare_error else None
         notes = [] if excess is not None else ["nothing is planted: the excess error is undefined"]
-        return Scores(
-            "excess_error", excess, {"excess_error": excess, "mse": error}, higher_is_better=False, notes=notes
-        )
+        return Scores(self.primary, excess, {"excess_error": excess, "mse": error}, higher_is_better=False, notes=notes)
 
     def predictions(self, outputs: Outputs) -> list[float]:
         """The mean squared error of each row."""

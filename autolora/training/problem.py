@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
+from autolora.errors import NonFiniteLossError
 from autolora.plan import Budget
 from autolora.strategies.base import Batch
 
@@ -46,16 +47,27 @@ class Scores:
         return self.value if self.higher_is_better else -self.value
 
 
+class Batches(LightningDataModule):
+    """The batches of a problem, for Lightning.
+
+    Attributes:
+        start: epoch, and batch of it, that the loader of training begins with: where a run that is resumed stood.
+    """
+
+    start: tuple[int, int] = (0, 0)
+
+
 class Problem(ABC):
     """A model and what it has to learn.
 
     Attributes:
         name: the task.
         data_source, data_fingerprint: where the data came from, and a hash of it.
-        backbone: name of the pretrained model.
+        backbone, backbone_fingerprint: name of the pretrained model, and a hash of its weights where it has any.
         model: the model, from :meth:`build` on; without adapters until a strategy attaches them.
         datamodule: the batches, from :meth:`build` on: to fit, and the held-out slice to validate.
         default_budget: the budget where the user names none.
+        primary: name of the primary metric.
         threads: CPU threads that its operations are worth; ``None`` leaves torch's choice.
         dev_splits: names of the evaluation splits, the main one first.
     """
@@ -64,9 +76,11 @@ class Problem(ABC):
     data_source: str
     data_fingerprint: str
     backbone: str
+    backbone_fingerprint: str = ""
     model: nn.Module
-    datamodule: LightningDataModule
+    datamodule: Batches
     default_budget: Budget
+    primary: str
     threads: int | None = None
     dev_splits: tuple[str, ...] = ("dev",)
 
@@ -84,8 +98,11 @@ class Problem(ABC):
         """Load what is heavy: the model and the batches."""
 
     @abstractmethod
-    def heldout_batches(self) -> Iterable[Batch]:
-        """Batches of the held-out slice as in training: what a bilevel strategy learns from."""
+    def heldout_batches(self, start: int = 0) -> Iterable[Batch]:
+        """Batches of the held-out slice as in training, without end: what a bilevel strategy learns from.
+
+        ``start``: how many to pass over.
+        """
 
     @abstractmethod
     def eval_batches(self, split: str) -> Iterable[Batch]:
@@ -118,6 +135,9 @@ def evaluate(problem: Problem, model: nn.Module, split: str, device: torch.devic
     """Run the model over a split in evaluation mode, in float32, and put its outputs back into the order of the rows.
 
     Batches may come in any order: each carries the positions of its rows as ``index``.
+
+    Raises:
+        NonFiniteLossError: if an output is not finite: the largest of them would still pass for a prediction.
     """
     device = device or next(model.parameters()).device
     was_training = model.training
@@ -129,5 +149,21 @@ def evaluate(problem: Problem, model: nn.Module, split: str, device: torch.devic
         labels.append(batch["labels"].cpu())
         index.append(batch["index"].cpu())
     model.train(was_training)
-    order = torch.cat(index).argsort()
-    return Outputs(torch.cat(logits)[order], torch.cat(labels)[order])
+    return in_order(index, logits, labels, split)
+
+
+def in_order(index: Sequence[Tensor], logits: Sequence[Tensor], labels: Sequence[Tensor], split: str) -> Outputs:
+    """The outputs of all batches of a split in the order of its rows.
+
+    Raises:
+        NonFiniteLossError: if one is not finite.
+    """
+    order = torch.cat(list(index)).argsort()
+    outputs = Outputs(torch.cat(list(logits))[order], torch.cat(list(labels))[order])
+    wrong = int((~outputs.logits.isfinite()).any(1).sum())
+    if wrong:
+        raise NonFiniteLossError(
+            f"training has diverged: the outputs of {wrong} of {len(order)} {split} rows are not finite; lower "
+            "optim.adapter.lr or optim.head.lr"
+        )
+    return outputs

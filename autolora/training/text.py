@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ class TextProblem(Problem):
         task: the row of the GLUE table.
         splits: ``fit``, ``heldout``, ``dev`` and the task's further dev splits.
         source, fingerprint: where the rows came from, and their hash.
-        backbone: name to file results under.
+        data_notes: what the user should know of the rows.
+        backbone, backbone_fingerprint: name to file results under, and hash of the weights.
         weights: arguments of :func:`autolora.backbones.load_backbone`: name, id, path.
         settings: batches and seeds.
     """
@@ -59,15 +60,18 @@ class TextProblem(Problem):
         *,
         source: str,
         fingerprint: str,
+        data_notes: Sequence[str] = (),
         backbone: str,
+        backbone_fingerprint: str,
         weights: Mapping[str, Any],
         settings: TextSettings,
     ) -> None:
         self.task = task
-        self.name = task.name
+        self.name, self.primary = task.name, task.primary
         self.splits = dict(splits)
         self.data_source, self.data_fingerprint = source, fingerprint
-        self.backbone = backbone
+        self.data_notes = list(data_notes)
+        self.backbone, self.backbone_fingerprint = backbone, backbone_fingerprint
         self.dev_splits = ("dev", *task.extra_dev)
         self.settings = settings
         self._weights = dict(weights)
@@ -98,21 +102,21 @@ class TextProblem(Problem):
 
     @property
     def notes(self) -> list[str]:
-        """How many rows were cut."""
+        """What is odd about the files, and how many rows were cut."""
         cut = self.datamodule.truncated
-        return (
-            [f"{cut} rows were longer than data.max_length={self.settings.max_length} tokens and are cut"]
-            if cut
-            else []
-        )
+        note = f"{cut} rows were longer than data.max_length={self.settings.max_length} tokens and are cut"
+        return self.data_notes + ([note] if cut else [])
 
     def ids(self, split: str, rows: int) -> list[int]:
         """The rows' identifiers in their file."""
         return self.splits[split].ids
 
-    def heldout_batches(self) -> Iterable[Batch]:
-        """Shuffled batches of the held-out slice."""
-        return self.datamodule.shuffled_loader(HELDOUT)
+    def heldout_batches(self, start: int = 0) -> Iterator[Batch]:
+        """Shuffled batches of the held-out slice, in a new order every time it has been read."""
+        loader = self.datamodule.shuffled_loader(HELDOUT)
+        self.datamodule.seek(loader, *divmod(start, len(loader)))
+        while True:
+            yield from loader
 
     def eval_batches(self, split: str) -> Iterable[Batch]:
         """Every row of the split once, sorted by length."""

@@ -12,6 +12,7 @@ from autolora.plan import Budget
 from autolora.strategies.base import GroupRates, Rates, Strategy
 from autolora.tasks.planted import plant
 from autolora.training.callbacks import HeldoutChoice, History
+from autolora.training.checkpoints import Checkpoints
 from autolora.training.fit import fit, make_trainer
 from autolora.training.module import AdapterModule
 from autolora.training.planted import PlantedRegression
@@ -34,9 +35,11 @@ def train(
     *,
     steps: int,
     rates: Rates = RATES,
+    saving: Checkpoints | None = None,
+    resume: Path | None = None,
     **trainer: Any,
 ) -> tuple[pl.Trainer, AdapterModule]:
-    """Attach and fit through Lightning."""
+    """Attach and fit through Lightning, from a checkpoint where one is given."""
     strategy.attach(problem.model, AdapterSettings(seed=0))
     arguments = {
         "accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "max_epochs": -1,
@@ -44,9 +47,10 @@ def train(
     }  # fmt: skip
     history = History(folder / "history.csv", every=1)
     choice = HeldoutChoice(keep_best=False, patience=None)
-    lightning = make_trainer(arguments | trainer, root=folder, callbacks=[history, choice], logger=None)
+    callbacks = [history, choice, *([saving] if saving else [])]
+    lightning = make_trainer(arguments | trainer, root=folder, callbacks=callbacks, logger=None)
     module = AdapterModule(problem, strategy, rates)
-    fit(lightning, module, problem, choice, folder / "checkpoints")
+    fit(lightning, module, problem, choice, folder / "checkpoints", resume)
     return lightning, module
 
 
