@@ -35,8 +35,8 @@ from autolora.results import (
 )
 
 KEYS = {
-    "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "backbone_fingerprint", "strategy", "seed",
-    "metrics",
+    "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "backbone_fingerprint", "strategy",
+    "seed", "metrics",
     "selection_metrics", "params", "adapter_bytes", "ranks", "seconds", "examples_per_second", "peak_memory_bytes",
     "steps", "config_hash", "git", "versions", "hardware", "notes",
 }  # fmt: skip

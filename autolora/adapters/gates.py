@@ -144,23 +144,32 @@ class SelectorGate(nn.Module):
         self.fixed = FixedGate(rank)
         self.learning = True
 
-    def probability(self) -> Tensor:
+    @property
+    def elementwise(self) -> bool:
+        """Whether what a gate says of a component depends on its own logit alone."""
+        return self.form not in _SIMPLEX_FORMS
+
+    def probability(self, logits: Tensor | None = None) -> Tensor:
         """Differentiable share of each component in [0, 1], shape ``(r,)``: what a sparsity penalty charges for.
 
         The softmax for the two forms on the simplex, P(g != 0) for hard_concrete (Louizos et al., equation 12), and
         the logistic function for the others.
-        """
-        if self.form in _SIMPLEX_FORMS:
-            return self.logits.softmax(0)
-        if self.form == "hard_concrete":
-            return torch.sigmoid(self.logits - self.tau * math.log(-_STRETCH_LOW / _STRETCH_HIGH))
-        if self.form == "sigmoid":
-            return torch.sigmoid(self.logits / self.tau)
-        return torch.sigmoid(self.logits)
 
-    def kept(self) -> Tensor:
-        """Which components survive the threshold: bool, shape ``(r,)``."""
-        level = self.value() if self.form == "hard_concrete" else self.probability()
+        Args:
+            logits: of any number of components, in place of the gate's own: all those of a model, say, in one call.
+        """
+        logits = self.logits if logits is None else logits
+        if self.form in _SIMPLEX_FORMS:
+            return logits.softmax(0)
+        if self.form == "hard_concrete":
+            return torch.sigmoid(logits - self.tau * math.log(-_STRETCH_LOW / _STRETCH_HIGH))
+        if self.form == "sigmoid":
+            return torch.sigmoid(logits / self.tau)
+        return torch.sigmoid(logits)
+
+    def kept(self, logits: Tensor | None = None) -> Tensor:
+        """Which components survive the threshold: bool, shape ``(r,)``; ``logits`` as for :meth:`probability`."""
+        level = self.value(logits) if self.form == "hard_concrete" else self.probability(logits)
         return level > self.threshold
 
     def fix(self, mask: Tensor) -> None:
@@ -214,13 +223,14 @@ class SelectorGate(nn.Module):
             return self._stretch(torch.sigmoid((self.logits + torch.logit(self._uniform())) / self.tau))
         return self.value()
 
-    def value(self) -> Tensor:
+    def value(self, logits: Tensor | None = None) -> Tensor:
         """The gate without noise or threshold, shape ``(r,)``; 1 for straight_through."""
+        logits = self.logits if logits is None else logits
         if self.form == "straight_through":
-            return torch.ones_like(self.logits)
+            return torch.ones_like(logits)
         if self.form == "hard_concrete":
-            return self._stretch(torch.sigmoid(self.logits))
-        return self.probability()
+            return self._stretch(torch.sigmoid(logits))
+        return self.probability(logits)
 
     def get_extra_state(self) -> Tensor:
         """Whether the selector learns, for the state dict."""

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from autolora import strategies
-from autolora.adapters import Adapters
+from autolora.adapters import Adapters, SelectorGate
 from autolora.bench.model import Precision, Subject, first_adapted, loss_of, run_config
 from autolora.plan import Budget
 from autolora.run import adapter_settings, optimization
@@ -121,9 +122,10 @@ def make_strategy(name: str, budget_rank: float) -> Strategy[Any]:
 
 
 def autolora_in(phase: str, subject: Subject, precision: Precision) -> Ours:
-    """AutoLoRA after a few steps in each phase up to ``prune`` (in its middle) or ``settle``; the budget is rank 4.
+    """AutoLoRA after a few steps in each phase up to ``prune`` (its middle) or ``settle``, with the budget of rank 4.
 
-    The steps between are skipped: the strategy goes by the number of the step that it is told.
+    The steps between are skipped: the strategy goes by the number of the step that it is told. What they would have
+    done to the selectors is done at once: as many are closed as the schedule asks for at this step.
     """
     contender = Ours(subject, precision, "autolora", BUDGET_RANK)
     strategy: Any = contender.strategy
@@ -131,12 +133,26 @@ def autolora_in(phase: str, subject: Subject, precision: Precision) -> Ours:
     stops = [strategy.listen_from, strategy.prune_from, middle, strategy.settle_from]
     generator = torch.Generator().manual_seed(0)
     for stop in stops[: 3 if phase == "prune" else 4]:
+        if stop == middle:
+            close_selectors(contender.adapters, strategy.scheduled_cost(middle))
         for _ in range(_SETTLING_STEPS):
             contender.step(subject.batch((4, 8), generator))
         contender.steps = stop - 1
         contender.step(subject.batch((4, 8), generator))
     assert strategy.phase == phase
     return contender
+
+
+@torch.no_grad()
+def close_selectors(adapters: Adapters, cost: float) -> None:
+    """Shift all logits together, so that the open components cost at most so many parameters."""
+    gates = {name: cast(SelectorGate, layer.gate) for name, layer in adapters.layers.items()}
+    layers = [(adapters.sites[name].cost, gate.logits) for name, gate in gates.items()]
+    ranked = sorted(((logit, price) for price, logits in layers for logit in logits.tolist()), reverse=True)
+    within = sum(total <= cost for total in accumulate(price for _, price in ranked))
+    edges = [logit for logit, _ in ranked[max(0, within - 1) : within + 1]]
+    for _, logits in layers:
+        logits.sub_(sum(edges) / len(edges))
 
 
 class Peft(Contender):

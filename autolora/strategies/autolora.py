@@ -187,9 +187,10 @@ class AutoLoRA(Strategy[Options]):
     def after_backward(self) -> None:
         """Listen to the gates: sum the squares of their gradients."""
         if self.phase == "listen":
-            gradients = self._flat(lambda gate: gate.logits.grad if gate.logits.grad is not None else 0 * gate.logits)
-            self.squared_gradient += gradients.detach().square()
-            for gate in self.gates.values():
+            sizes = [len(gate.logits) for gate in self.gates.values()]
+            for heard, gate in zip(self.squared_gradient.split(sizes), self.gates.values(), strict=True):
+                if gate.logits.grad is not None:
+                    heard += gate.logits.grad.square()
                 gate.logits.grad = None  # listening moves no selector, and has no part in the norm that clipping sees
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
@@ -198,7 +199,7 @@ class AutoLoRA(Strategy[Options]):
         if self.phase == "prune":
             self._move_price(step)
             if step > self.settle_from - _HOLD * (self.settle_from - self.prune_from):
-                self.probability_sum += self._flat(lambda gate: gate.probability()).detach()
+                self.probability_sum += self._probability().detach()
                 self.watched += 1
         if self.phase == "warmup" and step >= self.listen_from and self.gates:
             self._begin_listening(optimizer)
@@ -269,7 +270,7 @@ class AutoLoRA(Strategy[Options]):
         """Dual ascent on the violation of the schedule, with a proportional term; a price is never negative."""
         if self.allowance is None:
             return
-        kept = self._flat(lambda gate: gate.kept())
+        kept = self._kept()
         violation = ((kept * self.costs).sum() - self.scheduled_cost(step)) / self.costs.sum()
         sparsity = self.options.sparsity
         rate = sparsity.ascent / max(1, self.settle_from - self.prune_from)
@@ -290,7 +291,7 @@ class AutoLoRA(Strategy[Options]):
 
         from autolora.adapters import compact
 
-        flat = self._flat(lambda gate: gate.probability()).detach()
+        flat = self._probability().detach()
         if self.watched:
             flat = self.probability_sum / self.watched
         means = dict(zip(self.gates, flat.split([len(gate.logits) for gate in self.gates.values()]), strict=True))
@@ -309,13 +310,24 @@ class AutoLoRA(Strategy[Options]):
 
     def _expected_share(self) -> Tensor:
         """Expected cost as a share of the largest, differentiable in the logits."""
-        return (self._flat(lambda gate: gate.probability()) @ self.costs) / self.costs.sum()
+        return (self._probability() @ self.costs) / self.costs.sum()
 
-    def _flat(self, read: Callable[[SelectorGate], Tensor]) -> Tensor:
-        """One number per component, over all modules in order."""
+    def _probability(self) -> Tensor:
+        """Of every component, over all modules in order; differentiable."""
+        return self._flat(lambda gate, logits: gate.probability(logits))
+
+    def _kept(self) -> Tensor:
+        """Whether each component survives the threshold."""
+        return self._flat(lambda gate, logits: gate.kept(logits))
+
+    def _flat(self, read: Callable[[SelectorGate, Tensor], Tensor]) -> Tensor:
+        """One number per component: in one call where no component depends on another's logit."""
         import torch
 
-        return torch.cat([read(gate) for gate in self.gates.values()] or [torch.zeros(0)])
+        gates = list(self.gates.values())
+        if gates and gates[0].elementwise:
+            return read(gates[0], torch.cat([gate.logits for gate in gates]))
+        return torch.cat([read(gate, gate.logits) for gate in gates] or [torch.zeros(0)])
 
     @property
     def settled(self) -> bool:

@@ -42,7 +42,7 @@ def train(
     """Attach and fit through Lightning, from a checkpoint where one is given."""
     strategy.attach(problem.model, AdapterSettings(seed=0))
     arguments = {
-        "accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "max_epochs": -1,
+        "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true", "max_epochs": -1,
         "max_steps": steps, "enable_progress_bar": False, "gradient_clip_val": 1.0,
     }  # fmt: skip
     history = History(folder / "history.csv", every=1)
