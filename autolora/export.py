@@ -129,7 +129,7 @@ def build_model(cfg: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase | No
     """The backbone of a run with a new head, and its tokenizer, where it has one."""
     if isinstance(cfg.task, GlueTaskConfig):
         return _classifier(cfg, cfg.task)
-    from autolora.run import make_problem
+    from autolora.parts import make_problem
 
     problem = make_problem(cfg)
     problem.build()

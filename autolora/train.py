@@ -111,7 +111,8 @@ def _run(cfg: DictConfig) -> None:
     from autolora.validate import require
 
     config = require(plain_tree(cfg))
-    from autolora.run import is_main_process, run_one
+    from autolora.parts import is_main_process
+    from autolora.run import run_one
 
     result = run_one(config)
     from autolora.reporting.summary import print_summary

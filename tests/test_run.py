@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from autolora.compose import compose
 from autolora.config import RunConfig
 from autolora.errors import NonFiniteLossError
+from autolora.parts import seed_for
 from autolora.plan import RankPlan, Site
+from autolora.record import budget_notes
 from autolora.results import RunDirectory, RunResult
-from autolora.run import budget_notes, run_one, seed_for
+from autolora.run import run_one
 
 GOOD, BAD = ["good", "great", "happy", "love"], ["bad", "sad", "slow", "small"]
 
@@ -271,7 +273,7 @@ def test_two_processes_write_one_run(tiny_bert_dir: Path, sst2: Path, tmp_path: 
 
 
 def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:
-    from autolora.run import make_problem
+    from autolora.parts import make_problem
 
     problem = make_problem(configure("task=stsb", "data.source=mini", "data.dir=null", "data.max_train=200"))
     problem.build()

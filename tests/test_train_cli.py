@@ -34,8 +34,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
 
 def install(monkeypatch: pytest.MonkeyPatch, run_one: Callable[[RunConfig], Any]) -> None:
     module = types.ModuleType("autolora.run")
-    result = SimpleNamespace(data_source="mini", data_fingerprint="0")
-    module.is_main_process = lambda: True  # type: ignore[attr-defined]
+    result = SimpleNamespace(data_source="mini", data_fingerprint="0", backbone_fingerprint="0")
     module.run_one = lambda cfg: run_one(cfg) or result  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "autolora.run", module)
     monkeypatch.setattr("autolora.reporting.summary.print_summary", lambda result, directory: None)

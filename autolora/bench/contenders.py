@@ -21,8 +21,8 @@ from torch.optim import AdamW, Optimizer
 from autolora import strategies
 from autolora.adapters import Adapters, SelectorGate
 from autolora.bench.model import Precision, Subject, first_adapted, loss_of, run_config
+from autolora.parts import adapter_settings, optimization
 from autolora.plan import Budget
-from autolora.run import adapter_settings, optimization
 from autolora.strategies.base import Batch, Strategy
 from autolora.training.optimizer import make_optimizer
 

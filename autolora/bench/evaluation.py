@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from autolora.adapters import Adapters, attach, compact, find_sites, largest_plan
 from autolora.bench.contenders import BUDGET_RANK, autolora_in, make_strategy, with_peft
 from autolora.bench.model import Precision, Subject, run_config
+from autolora.parts import adapter_settings
 from autolora.plan import RankPlan
-from autolora.run import adapter_settings
 from autolora.strategies.base import Batch
 
 _MIXED = (8, 4, 2, 6, 0)  # 4 on average, as the budget

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autolora.adapters import find_sites
 from autolora.backbones import Backbone, head_modules, load_backbone
 from autolora.config import BackboneConfig, RunConfig, StrategyConfig
-from autolora.run import adapter_settings
+from autolora.parts import adapter_settings
 from autolora.strategies.base import Batch
 from autolora.validate import strategy_options
 

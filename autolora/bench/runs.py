@@ -162,7 +162,7 @@ def _job(settings: RunSettings, cfg: RunConfig, rows: Path) -> dict[str, Any]:
     import torch
 
     from autolora.bench.model import Subject
-    from autolora.run import make_problem
+    from autolora.parts import make_problem
     from autolora.training.fit import resolve_precision
     from autolora.training.text import TextProblem
 

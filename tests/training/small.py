@@ -42,8 +42,8 @@ def train(
     """Attach and fit through Lightning, from a checkpoint where one is given."""
     strategy.attach(problem.model, AdapterSettings(seed=0))
     arguments = {
-        "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true", "max_epochs": -1,
-        "max_steps": steps, "enable_progress_bar": False, "gradient_clip_val": 1.0,
+        "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true",
+        "max_epochs": -1, "max_steps": steps, "enable_progress_bar": False, "gradient_clip_val": 1.0,
     }  # fmt: skip
     history = History(folder / "history.csv", every=1)
     choice = HeldoutChoice(keep_best=False, patience=None)

@@ -1,0 +1,153 @@
+"""The parts of a run, made from its configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from autolora.config import GlueTaskConfig, PlantedConfig, RunConfig
+from autolora.plan import Budget
+
+if TYPE_CHECKING:
+    from autolora.adapters import AdapterSettings
+    from autolora.strategies.base import Strategy
+    from autolora.training.problem import Problem
+
+
+def seed_for(seed: int, stream: str) -> int:
+    """The seed of one random stream of a run: data order, head, adapters, training.
+
+    Streams are separate, so that two strategies with one seed see the same batches and the same head, however much
+    randomness each draws for itself.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:4], "big")
+
+
+def make_problem(cfg: RunConfig) -> Problem:
+    """Read the data of the configured task; the model is loaded later, by ``build``."""
+    return _planted_problem(cfg, cfg.task) if isinstance(cfg.task, PlantedConfig) else _text_problem(cfg, cfg.task)
+
+
+def _planted_problem(cfg: RunConfig, task: PlantedConfig) -> Problem:
+    from autolora.tasks.planted import plant
+    from autolora.training.planted import PlantedRegression
+
+    settings = task.model_dump(exclude={"name", "teacher_seed", "eval_size"})
+    teacher_seed = cfg.seed if task.teacher_seed is None else task.teacher_seed
+    written = json.dumps(settings | {"teacher_seed": teacher_seed}, sort_keys=True)
+    return PlantedRegression(
+        plant(**settings, seed=teacher_seed),
+        fingerprint=hashlib.sha256(written.encode()).hexdigest()[:12],
+        batch_size=cfg.data.batch_size,
+        eval_size=task.eval_size,
+        seed=seed_for(cfg.seed, "data"),
+    )
+
+
+def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
+    from autolora.backbones import locate, weights_fingerprint
+    from autolora.paths import cache_root
+    from autolora.tasks.glue import GLUE
+    from autolora.tasks.sources import fingerprint, load, resolve, size_notes
+    from autolora.tasks.splits import hold_out, subsample
+
+    glue, data = GLUE[task.name], cfg.data
+    resolved = resolve(data.source, glue, data.dir)
+    say(f"data: {resolved.detail}")
+    splits = load(resolved, glue)
+    notes = size_notes(resolved, glue, splits)
+    for note in notes:
+        say(f"note: {note}")
+    data_hash = fingerprint(splits)
+    train = splits.pop("train")
+    seed = seed_for(cfg.seed, "data")
+    if data.max_train is not None:
+        train = subsample(train, data.max_train, seed)
+    fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
+    weights = cfg.backbone.model_dump(include={"name", "id", "path"})
+    from autolora.training.text import TextProblem, TextSettings
+
+    return TextProblem(
+        glue,
+        {"fit": fit_rows, "heldout": heldout, **splits},
+        source=resolved.kind,
+        fingerprint=data_hash,
+        data_notes=notes,
+        backbone=cfg.backbone.label,
+        backbone_fingerprint=weights_fingerprint(locate(**weights).directory),
+        weights=weights,
+        settings=TextSettings(
+            batch_size=data.batch_size,
+            eval_batch_size=data.eval_batch_size,
+            max_length=data.max_length,
+            num_workers=data.num_workers,
+            cache_dir=data.cache_dir or cache_root() / "tokens",
+            data_seed=seed,
+            head_seed=seed_for(cfg.seed, "head"),
+        ),
+    )
+
+
+def make_strategy(cfg: RunConfig, problem: Problem) -> Strategy[Any]:
+    """The configured strategy with its budget."""
+    from autolora import strategies
+
+    given = cfg.budget.given()
+    budget = Budget(**given) if given else problem.default_budget  # type: ignore[arg-type]
+    return strategies.make_strategy(
+        cfg.strategy.name,
+        cfg.strategy.options,
+        budget=budget if cfg.budget.enabled else Budget(),
+        max_rank=cfg.max_rank,
+    )
+
+
+def adapter_settings(cfg: RunConfig) -> AdapterSettings:
+    """What is the same for every strategy."""
+    from autolora.adapters import AdapterSettings, Targets
+
+    adapter = cfg.adapter
+    return AdapterSettings(
+        targets=Targets(adapter.targets, adapter.exclude, adapter.layers_to_transform, adapter.layers_pattern),
+        scale=adapter.effective_scale(),
+        init=adapter.init,
+        init_std=adapter.init_std,
+        dropout=adapter.dropout,
+        learn_scale=adapter.learn_scale,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        rank_pattern=adapter.rank_pattern,
+        modules_to_save=adapter.modules_to_save,
+        bias=adapter.bias,
+        seed=seed_for(cfg.seed, "adapters"),
+    )
+
+
+def optimization(cfg: RunConfig) -> dict[str, Any]:
+    """Keyword arguments of the training module: rates, AdamW and its schedule."""
+    from autolora.strategies.base import GroupRates, Rates
+
+    optim = cfg.optim
+    return {
+        "rates": Rates(
+            adapter=GroupRates(optim.adapter.lr, optim.adapter.weight_decay),
+            gate=GroupRates(optim.gate.lr, optim.gate.weight_decay),
+            head=GroupRates(optim.head.lr, optim.head.weight_decay),
+        ),
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "schedule": optim.schedule,
+        "warmup": optim.warmup,
+    }
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks and writes; Lightning sets ``LOCAL_RANK`` in those that it starts."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Tell the user, once."""
+    if is_main_process():
+        print(line, flush=True)

@@ -1,0 +1,213 @@
+"""What a run knows of itself while it is under way, and what it writes down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autolora import results
+from autolora.config import RunConfig
+from autolora.parts import say
+from autolora.plan import RankPlan
+from autolora.results import Metrics, Params, Planted, RunDirectory, RunResult, Seconds, config_hash
+from autolora.signals import Interrupted, Signals
+
+if TYPE_CHECKING:
+    from autolora.strategies.base import Strategy
+    from autolora.training.module import AdapterModule
+    from autolora.training.problem import Outputs, Problem, Scores
+
+
+@dataclass
+class Run:
+    """One run under way: what its steps share."""
+
+    cfg: RunConfig
+    problem: Problem
+    directory: RunDirectory
+    clock: Clock
+    signals: Signals
+    strategy: Strategy[Any] | None = None
+    module: AdapterModule | None = None
+    precision: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """The hash of everything that decides the outcome."""
+        problem = self.problem
+        return config_hash(self.cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
+
+
+class Clock:
+    """Wall-clock seconds of the parts of a run, over all attempts."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._parts: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        self._earlier = 0.0
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to a part."""
+        self._running[part] = started = time.perf_counter()
+        try:
+            yield
+        finally:
+            del self._running[part]
+            self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - started
+
+    def go_on(self, seconds: Mapping[str, float]) -> None:
+        """Count from what :meth:`so_far` gave in an earlier attempt."""
+        self._parts = {part: spent for part, spent in seconds.items() if part not in ("total", "earlier")}
+        self._earlier = seconds["total"]
+
+    def so_far(self) -> dict[str, float]:
+        """The parts, one that is being measured included, the total, and how much of it is of earlier attempts."""
+        now = time.perf_counter()
+        running = {part: self._parts.get(part, 0.0) + now - started for part, started in self._running.items()}
+        total = self._earlier + now - self._started
+        return {**self._parts, **running, "total": total, "earlier": self._earlier}
+
+
+def save_adapter(run: Run) -> None:
+    """Write the adapter as PEFT reads it, and beside it what identifies the run."""
+    from autolora.adapters.peft_format import save_peft
+    from autolora.backbones import hub_name
+    from autolora.training.text import TextProblem
+
+    assert run.strategy is not None
+    cfg, problem = run.cfg, run.problem
+    text = isinstance(problem, TextProblem)
+    save_peft(
+        run.strategy.adapters,
+        run.directory.adapter,
+        base_model=hub_name(**cfg.backbone.model_dump(include={"name", "id", "path"})) if text else "planted",
+        task_type="SEQ_CLS" if text else None,
+        fresh=problem.pretrained.fresh if isinstance(problem, TextProblem) else (),
+        metadata={
+            "strategy": cfg.strategy.name,
+            "task": problem.name,
+            "data_source": problem.data_source,
+            "data_fingerprint": problem.data_fingerprint,
+            "budget": run.strategy.allowance,
+            "seed": cfg.seed,
+            "config_hash": run.identity,
+        },
+    )
+
+
+def describe(run: Run, plan: RankPlan, selection: Scores, scores: Scores) -> RunResult:
+    """Everything about a complete run that ``result.json`` holds."""
+    assert run.strategy is not None
+    notes = (
+        *run.problem.notes, *run.strategy.notes, *scores.notes, *budget_notes(plan, run.strategy.allowance)
+    )  # fmt: skip
+    return RunResult(
+        status="complete",
+        metrics=Metrics(primary=scores.primary, value=scores.value, all=scores.all),
+        selection_metrics=selection.all,
+        ranks=dict(plan),
+        planted=_planted_record(run.problem, plan, scores),
+        notes=notes,
+        **facts(run),
+    )
+
+
+def record_interruption(run: Run, stop: Interrupted) -> None:
+    """Write a ``result.json`` that says how far the run came, and tell the user how it goes on."""
+    if run.directory.is_complete():  # too late
+        return
+    steps = run.module.steps_done if run.module else 0
+    checkpoints = sorted(run.directory.checkpoints.glob("step-*.ckpt"))
+    metrics = Metrics(primary=run.problem.primary)
+    note = f"{stop} at step {steps}"
+    run.directory.write_result(RunResult(status="interrupted", metrics=metrics, ranks={}, notes=(note,), **facts(run)))
+    where = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
+    say(f"{note}; the same command {where} in {run.directory.path}")
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """The fields of a result that do not depend on how the run ended."""
+    cfg, problem = run.cfg, run.problem
+    gpu, gpu_peak = _gpu_use(run)
+    adapters = run.strategy.adapters if run.strategy and run.counts else None
+    count = adapters.count() if adapters else dict.fromkeys(("adapter", "scale", "bias", "head", "gate", "total"), 0)
+    seconds = Seconds(**run.clock.so_far())
+    examples = run.module.examples_seen if run.module else 0
+    return {
+        "task": problem.name,
+        "data_source": problem.data_source,
+        "data_fingerprint": problem.data_fingerprint,
+        "backbone": problem.backbone,
+        "backbone_fingerprint": problem.backbone_fingerprint,
+        "strategy": cfg.strategy.name,
+        "seed": cfg.seed,
+        "params": Params(
+            adapter=count["adapter"],
+            extra=count["scale"] + count["bias"],
+            head=count["head"],
+            peak_trainable=run.counts.get("trainable", 0),
+            budget=run.strategy.allowance if run.strategy and adapters else None,
+            backbone=count["total"] - count["adapter"] - count["scale"] - count["gate"] - count["head"],
+        ),
+        "adapter_bytes": sum(p.numel() * p.element_size() for p in adapters.adapter_parameters()) if adapters else 0,
+        "seconds": seconds,
+        "examples_per_second": examples / max(seconds.fit, 1e-9),
+        "peak_memory_bytes": results.peak_memory_bytes() if gpu_peak is None else gpu_peak,
+        "steps": run.module.steps_done if run.module else 0,
+        "config_hash": run.identity,
+        "git": results.git_state(),
+        "versions": results.versions(),
+        "hardware": results.hardware(gpu) | {"precision": run.precision},
+    }
+
+
+def _gpu_use(run: Run) -> tuple[str | None, int | None]:
+    """Name of the accelerator that the model is on, and the most of its memory that was allocated in bytes."""
+    device = next(run.problem.model.parameters()).device if run.module else None
+    if device is None or device.type != "cuda":
+        return None, None
+    import torch
+
+    return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+
+
+def budget_notes(plan: RankPlan, allowance: int | None) -> list[str]:
+    """A note where the plan leaves more than 2 % of the budget unspent."""
+    if not allowance or plan.params >= 0.98 * allowance:
+        return []
+    unspent, cheapest = allowance - plan.params, min(site.cost for site in plan.sites.values())
+    return [f"{unspent:,} of the budget of {allowance:,} are unspent; the cheapest component costs {cheapest:,}"]
+
+
+def prediction_rows(problem: Problem, outputs: dict[str, Outputs]) -> tuple[list[str], Iterator[list[object]]]:
+    """Header and rows of ``predictions.csv``."""
+    columns = max(1, max(output.logits.shape[1] for output in outputs.values()))
+    shown = columns if columns <= 8 else 0
+    header = ["split", "id", "label", "prediction", *(f"logit_{i}" for i in range(shown))]
+
+    def rows() -> Iterator[list[object]]:
+        for split, output in outputs.items():
+            ids = problem.ids(split, len(output.labels))
+            labels = output.labels.tolist() if output.labels.dim() == 1 else [""] * len(output.labels)
+            for row in zip(ids, labels, problem.predictions(output), output.logits[:, :shown].tolist(), strict=True):
+                yield [split, *row[:3], *row[3]]
+
+    return header, rows()
+
+
+def _planted_record(problem: Problem, plan: RankPlan, scores: Scores) -> Planted | None:
+    from autolora.tasks.planted import exact_fraction
+    from autolora.training.planted import PlantedRegression
+
+    if not isinstance(problem, PlantedRegression):
+        return None
+    true = problem.true_plan
+    return Planted(
+        true=dict(true), found=dict(plan), exact_fraction=exact_fraction(true, plan), excess_error=scores.value
+    )
