@@ -12,7 +12,8 @@ import yaml
 
 from autolora.config import GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section
 from autolora.errors import AutoLoRAError, ConfigError, DataError
-from autolora.results import RunDirectory, replacing_directory
+from autolora.files import replacing_directory
+from autolora.results import RunDirectory
 from autolora.validate import parse, require
 
 if TYPE_CHECKING:

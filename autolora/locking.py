@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autolora.errors import BusyError
-from autolora.results import writing
+from autolora.files import writing
 
 
 @contextmanager

@@ -8,10 +8,8 @@ stands, the rest is complete.
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -24,12 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autolora.config import RunConfig
-from autolora.errors import DataError, DiskFullError
+from autolora.errors import DataError
+from autolora.files import dump_json, replacing, write_json_atomic, write_text_atomic, writing
 
 SCHEMA = 1
 _PACKAGES = (
@@ -43,7 +42,6 @@ _NOT_IDENTITY = (
     "trainer.keep_checkpoints",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Record(BaseModel):
@@ -315,108 +313,6 @@ def run_name(task: str, source: str, backbone: str, strategy: str, seed: int, di
     """Name of a run directory: readable, safe as a file name, unique by the hash."""
     parts = (task, source, backbone, strategy, f"seed{seed}", digest[:10])
     return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def dump_json(data: Any) -> str:
-    """Strict, indented JSON with a newline at the end."""
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_json_atomic(path: Path, data: Any) -> None:
-    """Replace a JSON file as a whole, or not at all."""
-    write_text_atomic(path, dump_json(data))
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file as a whole, or not at all."""
-    with replacing(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left.
-
-    Raises:
-        DiskFullError: if there is no space.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def append(file: io.FileIO, text: str) -> None:
-    """Add text at the end of a file that is open without a buffer, as a whole or not at all.
-
-    Raises:
-        DiskFullError: if there is no space.
-    """
-    with writing(Path(str(file.name))):
-        end = file.seek(0, os.SEEK_END)
-        rest = memoryview(text.encode())
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside this context a full disk is an error that the user can mend; ``path`` is what is being written.
-
-    Raises:
-        DiskFullError: if there is no space.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise DiskFullError(
-            f"{path}: could not be written ({error.strerror}), and what was there before is as it was; free space and "
-            "repeat the command: a run goes on from its last checkpoint"
-        ) from None
-
-
-@contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its place once all its files are on disk; after a failure nothing is left.
-
-    Raises:
-        DiskFullError: if there is no space.
-    """
-    temporary, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.mkdir()
-            yield temporary
-            for file in (file for file in temporary.rglob("*") if file.is_file()):
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            if path.exists():  # a folder with something in it cannot be replaced in one step
-                os.replace(path, old)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
-        finally:
-            for left in (temporary, old):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _finite(value: Any, where: str, notes: list[str]) -> Any:

@@ -15,6 +15,7 @@ import pytest
 from autolora import results
 from autolora.compose import compose
 from autolora.errors import BusyError, DataError, DiskFullError
+from autolora.files import write_json_atomic
 from autolora.locking import exclusive
 from autolora.results import (
     Git,
@@ -31,7 +32,6 @@ from autolora.results import (
     read_result,
     run_name,
     versions,
-    write_json_atomic,
 )
 
 KEYS = {

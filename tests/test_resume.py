@@ -28,7 +28,8 @@ from test_run import configure, sst2  # noqa: F401  fixtures
 from autolora.compose import compose
 from autolora.config import RunConfig
 from autolora.errors import BusyError, CheckpointError, DiskFullError
-from autolora.results import RunDirectory, append
+from autolora.files import append
+from autolora.results import RunDirectory
 from autolora.run import run_one
 from autolora.signals import Interrupted
 from autolora.training.checkpoints import Checkpoints, read

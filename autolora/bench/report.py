@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from autolora import results
 from autolora.bench.measure import Interval
 from autolora.errors import DataError
+from autolora.files import write_json_atomic
 
 SCHEMA = 1
 _ALSO = ("peft", "accelerate")  # packages beside those that a run's result names
@@ -96,7 +97,7 @@ def write_report(path: Path, name: str, suite: Suite) -> None:
     before = read_report(path).suites if path.exists() else {}
     report = Report(suites=before | {name: suite})
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_json_atomic(path, report.model_dump(mode="json", by_alias=True))
+    write_json_atomic(path, report.model_dump(mode="json", by_alias=True))
 
 
 def read_report(path: Path) -> Report:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from autolora.errors import DataError
-from autolora.results import replacing
+from autolora.files import replacing
 from autolora.tasks.records import Split
 
 if TYPE_CHECKING:

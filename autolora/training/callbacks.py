@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from autolora.results import append, write_text_atomic
+from autolora.files import append, write_text_atomic
 from autolora.training.module import AdapterModule
 
 

@@ -29,7 +29,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from autolora.errors import CheckpointError
-from autolora.results import replacing, writing
+from autolora.files import replacing, writing
 from autolora.signals import Interrupted, Signals
 from autolora.training.module import AdapterModule
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from autolora.errors import ConfigError, NonFiniteLossError
-from autolora.results import replacing
+from autolora.files import replacing
 from autolora.training.callbacks import HeldoutChoice
 from autolora.training.checkpoints import SafeFiles
 from autolora.training.module import AdapterModule

@@ -29,7 +29,7 @@ from autolora.adapters.peft_format.names import (
 )
 from autolora.adapters.select import linear_modules, under
 from autolora.errors import TargetError
-from autolora.results import dump_json, replacing_directory
+from autolora.files import dump_json, replacing_directory
 
 SCHEMA = 1
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "autolora.json"

@@ -1,0 +1,116 @@
+"""Files that are written as a whole or not at all, also when the disk is full. No torch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from autolora.errors import DiskFullError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def dump_json(data: Any) -> str:
+    """Strict, indented JSON with a newline at the end."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """Replace a JSON file as a whole, or not at all."""
+    write_text_atomic(path, dump_json(data))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a text file as a whole, or not at all."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file beside ``path`` that takes its place once it is written and on disk; after a failure nothing is left.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(file: io.FileIO, text: str) -> None:
+    """Add text at the end of a file that is open without a buffer, as a whole or not at all.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    with writing(Path(str(file.name))):
+        end = file.seek(0, os.SEEK_END)
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside this context a full disk is an error that the user can mend; ``path`` is what is being written.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFullError(
+            f"{path}: could not be written ({error.strerror}), and what was there before is as it was; free space and "
+            "repeat the command: a run goes on from its last checkpoint"
+        ) from None
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its place once all its files are on disk; after a failure nothing is left.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in (file for file in temporary.rglob("*") if file.is_file()):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            if path.exists():  # a folder with something in it cannot be replaced in one step
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+        finally:
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
