@@ -13,10 +13,10 @@ and, with :math:`D_i = \partial Y_i \, B_i`,
     \partial X = \sum_i \partial Y_i \, W_i + D_i A_i.
 
 What makes it fast: the low-rank terms are accumulated into the outputs of the large products, so that no activation is
-written twice; H and D, ``(N, r)``, are laid out as CPU libraries compute them fastest; modules that read one input (query,
-key, value) share one product each for H, for dA and for the low-rank part of dX; X is saved once. Of a component whose
-gate is hard 0, B is 0 and only the gradient of B is needed (the selector's comes from it): H and dB are computed, and
-nothing else.
+written twice; H and D, ``(N, r)``, are laid out as CPU libraries compute them fastest; modules that read one input
+(query, key, value) share one product each for H, for dA and for the low-rank part of dX; X is saved once. Of a
+component whose gate is hard 0, B is 0 and only the gradient of B is needed (the selector's comes from it): H and dB are
+computed, and nothing else.
 """
 
 from __future__ import annotations
