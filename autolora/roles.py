@@ -138,15 +138,19 @@ def outermost_heads(names: Iterable[str]) -> list[str]:
     return [name for name in heads if not any(name.startswith(other + ".") for other in heads)]
 
 
-def rank_grid(ranks: Mapping[str, int]) -> tuple[list[Role], list[int | None], dict[tuple[Role, int | None], int]]:
-    """Ranks as a role-by-depth grid: roles that occur, depths that occur (``None`` last), and the rank of each cell.
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Ranks as a grid: labels of rows and columns, and the rank of each (row, column) that occurs.
 
-    Modules that share a cell add up.
+    Rows are the roles that occur, columns the depths ("-" for none, last); modules that share a cell add up. Where
+    names say no role at all, as in a planted regression, every module has a column of its own.
     """
-    cells: dict[tuple[Role, int | None], int] = {}
+    if all(role_of(name) is Role.other for name in ranks):
+        return ["rank"], list(ranks), {("rank", name): rank for name, rank in ranks.items()}
+    cells: dict[tuple[str, str], int] = {}
     for name, rank in ranks.items():
-        cell = (role_of(name), depth_of(name))
+        depth = depth_of(name)
+        cell = (role_of(name).value, "-" if depth is None else str(depth))
         cells[cell] = cells.get(cell, 0) + rank
-    roles = [role for role in ROLE_ORDER if any(r == role for r, _ in cells)]
-    depths = sorted({d for _, d in cells if d is not None})
-    return roles, [*depths, *([None] if any(d is None for _, d in cells) else [])], cells
+    columns = {column for _, column in cells}
+    roles = [role.value for role in ROLE_ORDER if any(row == role.value for row, _ in cells)]
+    return roles, [*sorted(columns - {"-"}, key=int), *(columns & {"-"})], cells

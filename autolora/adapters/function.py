@@ -16,7 +16,8 @@ What makes it fast: the low-rank terms are accumulated into the outputs of the l
 written twice; H and D, ``(N, r)``, are laid out as CPU libraries compute them fastest; modules that read one input
 (query, key, value) share one product each for H, for dA and for the low-rank part of dX; X is saved once. Of a
 component whose gate is hard 0, B is 0 and only the gradient of B is needed (the selector's comes from it): H and dB are
-computed, and nothing else.
+computed, and nothing else. Without gradients, and for many rows, the product is with :math:`W_i + B_i A_i`, which is
+made for the moment.
 """
 
 from __future__ import annotations
@@ -70,12 +71,19 @@ class _AdaptedLinear(torch.autograd.Function):
             x, tensors = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in tensors)
         weights, biases, a, b = _quarters(tensors, count)
         rows = x.reshape(-1, x.shape[-1])
-        h = _parts(_codes(rows, _columns_of(a)), a)
+        merge = not ctx.cast and not any(ctx.needs_input_grad) and _merging_pays(rows, weights)
+        h = None if merge else _parts(_codes(rows, _columns_of(a)), a)
         outputs = []
-        for weight, bias, b_i, h_i, on in zip(weights, biases, b, h, active, strict=True):
+        for i, (weight, bias, on) in enumerate(zip(weights, biases, active, strict=True)):
+            b_on = _columns(b[i], on)
+            if h is None:
+                weight = torch.addmm(weight, b_on, _rows(a[i], on))
             y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-            y.addmm_(_columns(h_i, on), _columns(b_i, on).t())
+            if h is not None:
+                y.addmm_(_columns(h[i], on), b_on.t())
             outputs.append(y.view(*x.shape[:-1], y.shape[1]))
+        if h is None:
+            return tuple(outputs)
         ctx.save_for_backward(x, *weights, *a, *b, *h)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -116,6 +124,15 @@ class _AdaptedLinear(torch.autograd.Function):
                 dx.addmm_(dy, weights[i])
             result[0] = dx.addmm_(d, _columns_of(live_a).t()).view(ctx.shape)
         return tuple(result)
+
+
+def _merging_pays(rows: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether ``X (W + B A)^T`` costs less than ``X W^T + H B^T``: in times out against in + out for each row.
+
+    Twice, since W is also read and written. Training needs H all the same, and gains nothing.
+    """
+    width, out = rows.shape[1], sum(len(weight) for weight in weights)
+    return len(rows) * (width + out) >= 2 * width * out
 
 
 def _codes(x: Tensor, factor: Tensor) -> Tensor:

@@ -10,29 +10,22 @@ from rich.table import Table
 from rich.text import Text
 
 from autolora.results import RunResult
-from autolora.roles import Role, rank_grid, role_of
+from autolora.roles import rank_grid
 
 _SHADES = ("grey35", "dark_blue", "blue", "cyan", "green", "yellow", "red")
 
 
 def heat_table(ranks: Mapping[str, int]) -> Table:
-    """The grid of :func:`rank_grid`, the colder the lower; names in place of roles where roles say nothing."""
-    if all(role_of(name) is Role.other for name in ranks):
-        table = Table(title="ranks", title_justify="left")
-        for name in ranks:
-            table.add_column(name, justify="right")
-        largest = max(ranks.values(), default=0)
-        table.add_row(*(_shaded(rank, largest) for rank in ranks.values()))
-        return table
-    roles, depths, cells = rank_grid(ranks)
+    """The grid of :func:`rank_grid`, the colder the lower."""
+    rows, columns, cells = rank_grid(ranks)
     largest = max(cells.values(), default=0)
-    table = Table(title="ranks by role and depth", title_justify="left")
-    table.add_column("role")
-    for depth in depths:
-        table.add_column("-" if depth is None else str(depth), justify="right")
-    for role in roles:
-        row = [cells.get((role, depth)) for depth in depths]
-        table.add_row(role.value, *(Text("") if rank is None else _shaded(rank, largest) for rank in row))
+    table = Table(title="ranks by role and depth" if len(rows) > 1 else "ranks", title_justify="left")
+    table.add_column("role" if len(rows) > 1 else "")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        shown = (cells.get((row, column)) for column in columns)
+        table.add_row(row, *(Text("") if rank is None else _shaded(rank, largest) for rank in shown))
     return table
 
 

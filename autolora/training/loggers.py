@@ -92,25 +92,23 @@ class WandbRun:
 
 
 def rank_heatmap(ranks: Mapping[str, int]) -> Any:
-    """A matplotlib figure: one row per role, one column per depth."""
+    """A matplotlib figure of :func:`autolora.roles.rank_grid`."""
     from matplotlib.figure import Figure
 
     from autolora.roles import rank_grid
 
-    roles, depths, cells = rank_grid(ranks)
-    grid = [[cells.get((role, depth), float("nan")) for depth in depths] for role in roles]
-    figure = Figure(figsize=(1.5 + 0.6 * len(depths), 1 + 0.4 * len(roles)), layout="constrained")
+    rows, columns, cells = rank_grid(ranks)
+    grid = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
+    figure = Figure(figsize=(1.5 + 0.6 * len(columns), 1 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(depths)), ["-" if depth is None else str(depth) for depth in depths])
-    axes.set_yticks(range(len(roles)), [role.value for role in roles])
-    axes.set_xlabel("depth")
-    for y, row in enumerate(grid):
-        for x, rank in enumerate(row):
-            if rank == rank:  # not NaN
-                color = (
-                    "black" if rank > 0.6 * max(cells.values()) else "white"
-                )  # what the cell's own colour leaves legible
-                axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    if len(rows) > 1:
+        axes.set_xlabel("depth")
+    largest = max(cells.values())
+    for (row, column), rank in cells.items():
+        color = "black" if rank > 0.6 * largest else "white"  # what the cell's own colour leaves legible
+        axes.text(columns.index(column), rows.index(row), str(rank), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="rank")
     return figure

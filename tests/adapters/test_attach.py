@@ -237,8 +237,9 @@ def test_count_and_summary_by_hand() -> None:
     settings = AdapterSettings(modules_to_save=["1"], learn_scale=True)
     plan = RankPlan.uniform(find_sites(model, settings), 3)
     adapters = attach(model, settings, plan, lambda name, rank: SelectorGate(rank))
-    # A 3 x 6, B 4 x 3 and the scale; three logits; the head 4 x 2 + 2; the base 6 x 4 + 4
-    assert adapters.count() == {"adapter": 31, "gate": 3, "head": 10, "trainable": 44, "total": 44 + 28}
+    # A 3 x 6 and B 4 x 3; the scale; three logits; the head 4 x 2 + 2; the base 6 x 4 + 4
+    counted = {"adapter": 30, "scale": 1, "bias": 0, "gate": 3, "head": 10, "trainable": 44, "total": 44 + 28}
+    assert adapters.count() == counted
     assert adapters.summary() == "trainable parameters: 44 of 72 (61.11 %)"
     assert sum(p.numel() for p in adapters.gate_parameters()) == 3
 

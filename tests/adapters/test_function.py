@@ -10,7 +10,7 @@ from adapters.tiny_models import inputs_for, make, output, randomize
 from torch import Tensor, nn
 
 from autolora.adapters import AdapterSettings, LoRALinear, SelectorGate, attach, find_sites
-from autolora.adapters.function import Adapted, adapted_linear
+from autolora.adapters.function import Adapted, _merging_pays, adapted_linear
 from autolora.plan import RankPlan
 
 IN = 5
@@ -62,6 +62,16 @@ def test_gradcheck_first_and_second_order(count: int) -> None:
 
     assert torch.autograd.gradcheck(outputs, (x.requires_grad_(True), *factors))
     assert torch.autograd.gradgradcheck(outputs, (x, *factors))
+
+
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_without_gradients_the_outputs_are_the_same(rows: int, active: bool) -> None:
+    _, maps = maps_of(3, active=active)
+    x = torch.randn(rows, IN, dtype=torch.float64)
+    with torch.no_grad():
+        assert _merging_pays(x, [one.weight for one in maps]) == (rows == 40)
+        torch.testing.assert_close(adapted_linear(x, maps, x.dtype), dense(x, maps))
 
 
 def test_outputs_that_nobody_used_have_no_part_in_the_gradient() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from autolora.reporting.summary import heat_table, print_summary
 from autolora.results import Git, Metrics, Params, Planted, RunResult, Seconds
-from autolora.roles import Role, rank_grid
+from autolora.roles import rank_grid
 from autolora.training.loggers import rank_heatmap
 
 RANKS = {
@@ -79,10 +79,17 @@ def test_planted_ranks_stand_side_by_side() -> None:
 
 def test_the_grid_puts_each_rank_in_its_cell() -> None:
     roles, depths, cells = rank_grid(RANKS)
-    assert roles == [Role.query, Role.mlp_down, Role.other]
-    assert depths == [0, 1, None]
-    assert cells == {(Role.query, 0): 3, (Role.query, 1): 0, (Role.mlp_down, 1): 12, (Role.other, None): 5}
-    assert rank_grid({"a.0.query": 1, "b.0.query": 2})[2] == {(Role.query, 0): 3}
+    assert roles == ["query", "mlp_down", "other"]
+    assert depths == ["0", "1", "-"]
+    assert cells == {("query", "0"): 3, ("query", "1"): 0, ("mlp_down", "1"): 12, ("other", "-"): 5}
+    assert rank_grid({"a.0.query": 1, "b.0.query": 2})[2] == {("query", "0"): 3}
+    assert rank_grid({f"{i}.query": i for i in (10, 9)})[1] == ["9", "10"]
+
+
+def test_modules_without_a_role_have_a_column_each() -> None:
+    ranks = {"U0": 0, "V0": 1, "U1": 2}
+    assert rank_grid(ranks) == (["rank"], ["U0", "V0", "U1"], {("rank", name): rank for name, rank in ranks.items()})
+    assert [text.get_text() for text in rank_heatmap(ranks).axes[0].texts] == ["0", "1", "2"]
 
 
 def test_the_table_has_a_row_for_each_role_and_tells_rank_0_from_no_module() -> None:
