@@ -14,10 +14,8 @@ and, with :math:`D_i = \partial Y_i \, B_i`,
 
 What makes it fast: the low-rank terms are accumulated into the outputs of the large products, so that no activation is
 written twice; H and D, ``(N, r)``, are laid out as CPU libraries compute them fastest; modules that read one input
-(query, key, value) share one product each for H, for dA and for the low-rank part of dX; X is saved once. Of a
-component whose gate is hard 0, B is 0 and only the gradient of B is needed (the selector's comes from it): H and dB are
-computed, and nothing else. Without gradients, and for many rows, the product is with :math:`W_i + B_i A_i`, which is
-made for the moment.
+(query, key, value) share one product each for H, for dA and for the low-rank part of dX; X is saved once. Without
+gradients, and for many rows, the product is with :math:`W_i + B_i A_i`, which is made for the moment.
 """
 
 from __future__ import annotations
@@ -33,16 +31,12 @@ WIDE = 12
 
 
 class Adapted(NamedTuple):
-    """One adapted map: weight ``(out, in)``, bias ``(out,)`` or ``None``, A ``(r, in)``, B ``(out, r)``.
-
-    ``active`` are the indices of the components whose column of B may be other than 0; ``None`` for all.
-    """
+    """One adapted map: weight ``(out, in)``, bias ``(out,)`` or ``None``, A ``(r, in)``, B ``(out, r)``."""
 
     weight: Tensor
     bias: Tensor | None
     a: Tensor
     b: Tensor
-    active: Tensor | None = None
 
 
 def adapted_linear(x: Tensor, maps: Sequence[Adapted], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -53,19 +47,16 @@ def adapted_linear(x: Tensor, maps: Sequence[Adapted], dtype: torch.dtype) -> tu
         maps: at least one.
         dtype: of all products; the weights have it already, everything else is cast to it.
     """
-    weights, biases, a, b, active = zip(*maps, strict=True)
-    return _AdaptedLinear.apply(x, dtype, active, *weights, *biases, *a, *b)
+    weights, biases, a, b = zip(*maps, strict=True)
+    return _AdaptedLinear.apply(x, dtype, len(maps), *weights, *biases, *a, *b)
 
 
 class _AdaptedLinear(torch.autograd.Function):
     """The function of the module's docstring; differentiable twice where nothing is cast."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dtype: torch.dtype, active: Sequence[Tensor | None], *tensors: Any
-    ) -> tuple[Tensor, ...]:
-        count = len(active)
-        ctx.shape, ctx.dtype, ctx.active = x.shape, dtype, active
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.dtype, ctx.count = x.shape, dtype, count
         ctx.cast = x.dtype != dtype or tensors[-1].dtype != dtype
         if ctx.cast:
             x, tensors = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in tensors)
@@ -74,13 +65,12 @@ class _AdaptedLinear(torch.autograd.Function):
         merge = not ctx.cast and not any(ctx.needs_input_grad) and _merging_pays(rows, weights)
         h = None if merge else _parts(_codes(rows, _columns_of(a)), a)
         outputs = []
-        for i, (weight, bias, on) in enumerate(zip(weights, biases, active, strict=True)):
-            b_on = _columns(b[i], on)
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             if h is None:
-                weight = torch.addmm(weight, b_on, _rows(a[i], on))
+                weight = torch.addmm(weight, b[i], a[i])
             y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
             if h is not None:
-                y.addmm_(_columns(h[i], on), b_on.t())
+                y.addmm_(h[i], b[i].t())
             outputs.append(y.view(*x.shape[:-1], y.shape[1]))
         if h is None:
             return tuple(outputs)
@@ -90,7 +80,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        count, dtype, needs = len(ctx.active), ctx.dtype, ctx.needs_input_grad
+        count, dtype, needs = ctx.count, ctx.dtype, ctx.needs_input_grad
         x, *saved = ctx.saved_tensors
         weights, a, b, h = _quarters(saved, count)
         rows = x.reshape(-1, x.shape[-1])
@@ -101,26 +91,26 @@ class _AdaptedLinear(torch.autograd.Function):
         result: list[Tensor | None] = [None] * (3 + 4 * count)
         for_weights, for_biases, for_a, for_b = (3 + k * count for k in range(4))
         live = [
-            (i, gradient.to(dtype).reshape(-1, gradient.shape[-1]), ctx.active[i])
+            (i, gradient.to(dtype).reshape(-1, gradient.shape[-1]))
             for i, gradient in enumerate(gradients)
             if gradient is not None
         ]
         if not live:
             return tuple(result)
-        live_a = [_rows(a[i], on) for i, _, on in live]
-        d = _side_by_side([_codes(dy, _columns(b[i], on)) for i, dy, on in live])
+        live_a = [a[i] for i, _ in live]
+        d = _side_by_side([_codes(dy, b[i]) for i, dy in live])
         da = torch.mm(d.t(), rows)
-        for (i, dy, on), da_i in zip(live, da.split([len(a_i) for a_i in live_a]), strict=True):
-            result[for_a + i] = da_i if on is None else torch.zeros_like(a[i]).index_copy(0, on, da_i)
+        for (i, dy), da_i in zip(live, da.split([len(a_i) for a_i in live_a]), strict=True):
+            result[for_a + i] = da_i
             result[for_b + i] = torch.mm(h[i].t(), dy).t()
             if needs[for_weights + i]:
                 result[for_weights + i] = torch.mm(dy.t(), rows)
             if needs[for_biases + i]:
                 result[for_biases + i] = dy.sum(0)
         if needs[0]:
-            first, dy, _ = live[0]
+            first, dy = live[0]
             dx = torch.mm(dy, weights[first])
-            for i, dy, _ in live[1:]:
+            for i, dy in live[1:]:
                 dx.addmm_(dy, weights[i])
             result[0] = dx.addmm_(d, _columns_of(live_a).t()).view(ctx.shape)
         return tuple(result)
@@ -163,14 +153,6 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     if any(part.shape[0] > 1 and part.stride(0) == 1 for part in parts):
         return torch.cat([part.t() for part in parts]).t()
     return torch.cat(list(parts), 1)
-
-
-def _rows(matrix: Tensor, chosen: Tensor | None) -> Tensor:
-    return matrix if chosen is None else matrix.index_select(0, chosen)
-
-
-def _columns(matrix: Tensor, chosen: Tensor | None) -> Tensor:
-    return matrix if chosen is None else matrix.index_select(1, chosen)
 
 
 def _quarters(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:

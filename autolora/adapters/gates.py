@@ -66,10 +66,6 @@ class FixedGate(nn.Module):
             self._components = self._components.to(self.mask.device)
         return self._components
 
-    def active(self, gate: Tensor | None) -> Tensor | None:
-        """Whether a component is on does not change with the input: see :meth:`remaining`."""
-        return None
-
     def forward(self) -> Tensor | None:
         """The mask, or ``None`` when it is all ones."""
         return None if self._open else self.mask
@@ -188,17 +184,6 @@ class SelectorGate(nn.Module):
     def remaining(self) -> Tensor | None:
         """Indices of the components that a fixed mask leaves on; ``None`` for all, and while the selector learns."""
         return None if self.learning else self.fixed.remaining()
-
-    def active(self, gate: Tensor | None) -> Tensor | None:
-        """Indices of the components that this value of the gate does not switch off; ``None`` for all.
-
-        A gate that is hard 0 needs no more of its component than the gradient of B. On an accelerator the indices would
-        have to be waited for, which costs more than they save.
-        """
-        if gate is None or self.form != "straight_through" or gate.device.type != "cpu":
-            return None
-        found = gate.detach().nonzero().flatten()
-        return None if len(found) == len(gate) else found
 
     def evaluation_gate(self) -> Tensor:
         """The gate that evaluation applies, shape ``(r,)``: the noise-free value above the threshold, else 0."""

@@ -165,20 +165,17 @@ class LoRALinear(nn.Module):
             x = F.dropout(x, self.dropout_p)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
-        a, b, _ = self.factors()
+        a, b = self.factors()
         return F.linear(F.linear(x, a), b)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B with gate and scale in it, and which components are active, where the gate knows.
-
-        Components that a fixed mask switches off are left out.
-        """
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and B with gate and scale in it; components that a fixed mask switches off are left out."""
         a, b = self.lora_A, self.lora_B
         remaining = self.gate.remaining()
         if remaining is not None:
-            return a.index_select(0, remaining), b.index_select(1, remaining) * self.scale, None
+            return a.index_select(0, remaining), b.index_select(1, remaining) * self.scale
         gate = self.gate()
-        return a, b * (self.scale if gate is None else gate * self.scale), self.gate.active(gate)
+        return a, b * (self.scale if gate is None else gate * self.scale)
 
     def fused_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype in which base and update can be computed as one, or ``None`` if they cannot.

@@ -17,17 +17,13 @@ IN = 5
 SHAPES = ((4, 3), (6, 2), (4, 1))  # (out, r) of maps of one input
 
 
-def maps_of(count: int, dtype: torch.dtype = torch.float64, active: bool = False) -> tuple[Tensor, list[Adapted]]:
+def maps_of(count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Adapted]]:
     torch.manual_seed(0)
     maps = []
     for i, (out, rank) in enumerate(SHAPES[:count]):
         a, b = torch.randn(rank, IN, dtype=dtype), torch.randn(out, rank, dtype=dtype)
-        on = None
-        if active:
-            on = torch.arange(rank)[1:] if i else torch.arange(rank)[:2]
-            b[:, [j for j in range(rank) if j not in on.tolist()]] = 0
         bias = torch.randn(out, dtype=dtype) if i != 1 else None
-        maps.append(Adapted(torch.randn(out, IN, dtype=dtype), bias, a, b, on))
+        maps.append(Adapted(torch.randn(out, IN, dtype=dtype), bias, a, b))
     return torch.randn(2, 3, IN, dtype=dtype), maps
 
 
@@ -36,11 +32,10 @@ def dense(x: Tensor, maps: list[Adapted]) -> tuple[Tensor, ...]:
     return tuple(x @ (one.weight + one.b @ one.a).T + (0 if one.bias is None else one.bias) for one in maps)
 
 
-@pytest.mark.parametrize("active", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_gradients_are_those_of_autograd(count: int, active: bool) -> None:
-    x, maps = maps_of(count, active=active)
-    leaves = [x, *(tensor for one in maps for tensor in one[:4] if tensor is not None)]
+def test_gradients_are_those_of_autograd(count: int) -> None:
+    x, maps = maps_of(count)
+    leaves = [x, *(tensor for one in maps for tensor in one if tensor is not None)]
     for leaf in leaves:
         leaf.requires_grad_(True)
     found, expected = adapted_linear(x, maps, x.dtype), dense(x, maps)
@@ -64,10 +59,9 @@ def test_gradcheck_first_and_second_order(count: int) -> None:
     assert torch.autograd.gradgradcheck(outputs, (x, *factors))
 
 
-@pytest.mark.parametrize("active", [False, True])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_without_gradients_the_outputs_are_the_same(rows: int, active: bool) -> None:
-    _, maps = maps_of(3, active=active)
+def test_without_gradients_the_outputs_are_the_same(rows: int) -> None:
+    _, maps = maps_of(3)
     x = torch.randn(rows, IN, dtype=torch.float64)
     with torch.no_grad():
         assert _merging_pays(x, [one.weight for one in maps]) == (rows == 40)
