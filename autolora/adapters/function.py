@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_FIRST = 4  # position of the first weight among the arguments of the function
 WIDE = 12
 """Columns from which a product is left as it is on a CPU; see :func:`_codes`."""
 
@@ -48,21 +49,24 @@ def adapted_linear(x: Tensor, maps: Sequence[Adapted], dtype: torch.dtype) -> tu
         dtype: of all products; the weights have it already, everything else is cast to it.
     """
     weights, biases, a, b = zip(*maps, strict=True)
-    return _AdaptedLinear.apply(x, dtype, len(maps), *weights, *biases, *a, *b)
+    # Inside a function gradients are always off: it has to be told whether they are wanted.
+    return _AdaptedLinear.apply(x, dtype, len(maps), torch.is_grad_enabled(), *weights, *biases, *a, *b)
 
 
 class _AdaptedLinear(torch.autograd.Function):
     """The function of the module's docstring; differentiable twice where nothing is cast."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, count: int, training: bool, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         ctx.shape, ctx.dtype, ctx.count = x.shape, dtype, count
         ctx.cast = x.dtype != dtype or tensors[-1].dtype != dtype
         if ctx.cast:
             x, tensors = x.to(dtype), tuple(None if t is None else t.to(dtype) for t in tensors)
         weights, biases, a, b = _quarters(tensors, count)
         rows = x.reshape(-1, x.shape[-1])
-        merge = not ctx.cast and not any(ctx.needs_input_grad) and _merging_pays(rows, weights)
+        merge = not training and not ctx.cast and _merging_pays(rows, weights)
         h = None if merge else _parts(_codes(rows, _columns_of(a)), a)
         outputs = []
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -88,8 +92,8 @@ class _AdaptedLinear(torch.autograd.Function):
             if ctx.cast:
                 raise RuntimeError("second derivatives of an adapted layer: expected one dtype, and no autocast")
             h = _parts(_codes(rows, _columns_of(a)), a)
-        result: list[Tensor | None] = [None] * (3 + 4 * count)
-        for_weights, for_biases, for_a, for_b = (3 + k * count for k in range(4))
+        result: list[Tensor | None] = [None] * (_FIRST + 4 * count)
+        for_weights, for_biases, for_a, for_b = (_FIRST + k * count for k in range(4))
         live = [
             (i, gradient.to(dtype).reshape(-1, gradient.shape[-1]))
             for i, gradient in enumerate(gradients)
