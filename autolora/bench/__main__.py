@@ -82,7 +82,7 @@ def _execute(settings: StepsSettings | RunSettings | TableSettings) -> None:
     for row in measured:
         print(line(row), flush=True)
         rows.append(row)
-    suite = Suite(settings=settings.model_dump(mode="json"), machine=place, rows=tuple(rows))
+    suite = Suite(settings=settings.model_dump(mode="json", exclude={"out"}), machine=place, rows=tuple(rows))
     write_report(settings.out, settings.suite, suite)
     print(f"written: {settings.out}")
 
