@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -236,10 +237,20 @@ def weights_fingerprint(directory: Path) -> str:
     files = [found]
     if found.suffix == ".json":
         files = [directory / shard for shard in sorted(set(json.loads(found.read_text())["weight_map"].values()))]
-    digest = hashlib.sha256()
+    stamps = []
     for file in files:
         if not file.is_file():
             raise BackboneError(f"{directory} is incomplete: {found.name} names {file.name}, which is missing")
+        status = file.stat()
+        stamps.append((file, status.st_size, status.st_mtime_ns))
+    return _digest(tuple(stamps))
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files; one that has the same size and time as before is not read again by this process."""
+    digest = hashlib.sha256()
+    for file, _, _ in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)

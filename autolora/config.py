@@ -141,6 +141,11 @@ class BackboneConfig(Section):
         return data
 
     @property
+    def weights(self) -> dict[str, Any]:
+        """Where the weights are: arguments of :func:`autolora.backbones.locate` and of what loads them."""
+        return self.model_dump(include={"name", "id", "path"})
+
+    @property
     def label(self) -> str:
         """The name to file results under: of the folder or the hub id where one is given."""
         return self.path.resolve().name if self.path else (self.id or self.name)

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
@@ -142,12 +142,7 @@ def _classifier(cfg: RunConfig, task: GlueTaskConfig) -> tuple[nn.Module, PreTra
     from autolora.tasks.glue import GLUE
 
     glue = GLUE[task.name]
-    weights: dict[str, Any] = cfg.backbone.model_dump(include={"name", "id", "path"})
-    backbone = load_backbone(
-        **weights,
-        num_labels=glue.num_labels,
-        problem_type="regression" if glue.regression else "single_label_classification",
-    )
+    backbone = load_backbone(**cfg.backbone.weights, num_labels=glue.num_labels, problem_type=glue.problem_type)
     if glue.labels is not None:
         backbone.model.config.id2label = dict(enumerate(glue.labels))
         backbone.model.config.label2id = {label: i for i, label in enumerate(glue.labels)}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from autolora.errors import DiskFullError
+from autolora.errors import DataError, DiskFullError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -20,6 +20,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def dump_json(data: Any) -> str:
     """Strict, indented JSON with a newline at the end."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, missing: str, advice: str = "") -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: saying ``missing`` if it is not there, or what is wrong with it and ``advice``.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(missing) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected JSON, could not read it ({error}){advice}") from None
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

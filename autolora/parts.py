@@ -66,7 +66,7 @@ def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
     if data.max_train is not None:
         train = subsample(train, data.max_train, seed)
     fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
-    weights = cfg.backbone.model_dump(include={"name", "id", "path"})
+    weights = cfg.backbone.weights
     from autolora.training.text import TextProblem, TextSettings
 
     return TextProblem(

@@ -86,7 +86,7 @@ def save_adapter(run: Run) -> None:
     save_peft(
         run.strategy.adapters,
         run.directory.adapter,
-        base_model=hub_name(**cfg.backbone.model_dump(include={"name", "id", "path"})) if text else "planted",
+        base_model=hub_name(**cfg.backbone.weights) if text else "planted",
         task_type="SEQ_CLS" if text else None,
         fresh=problem.pretrained.fresh if isinstance(problem, TextProblem) else (),
         metadata={

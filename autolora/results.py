@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from autolora.config import RunConfig
 from autolora.errors import DataError
-from autolora.files import dump_json, replacing, write_json_atomic, write_text_atomic, writing
+from autolora.files import dump_json, read_json, replacing, write_json_atomic, write_text_atomic, writing
 
 SCHEMA = 1
 _PACKAGES = (
@@ -270,12 +270,8 @@ def read_result(path: Path) -> RunResult:
         DataError: if it is missing, not JSON, of another schema, or lacks fields.
     """
     file = path / "result.json" if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file}: there is no result; expected a run directory with result.json") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: expected JSON, could not read it ({error}); run again with force=true") from None
+    missing = f"{file}: there is no result; expected a run directory with result.json"
+    data = read_json(file, missing, "; run again with force=true")
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise DataError(f"{file}: expected a result of schema {SCHEMA}, got {found}; run again with force=true")

@@ -90,8 +90,10 @@ def _execute(arguments: Sequence[str]) -> int:
         try:
             _run(cfg)
         except Interrupted as stop:  # SystemExit passes Hydra by, and ends a sweep
-            # A helper process that exits with an error would have Lightning kill the first one.
-            sys.exit(stop.exit_code if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+            # A worker process that exits with an error would have Lightning kill the first one.
+            from autolora.parts import is_main_process
+
+            sys.exit(stop.exit_code if is_main_process() else 0)
         except AutoLoRAError as error:
             _complain(error)
             failures.append(2 if isinstance(error, ConfigError) else 1)

@@ -321,6 +321,13 @@ def test_hardware_and_memory_are_plausible() -> None:
     assert machine["cpu"]
     assert isinstance(machine["cores"], int)
     assert 1 <= machine["cores"] <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_setaffinity"):  # a process that may use one core has one
+        allowed = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {min(allowed)})
+            assert hardware()["cores"] == 1
+        finally:
+            os.sched_setaffinity(0, allowed)
     assert isinstance(machine["memory_bytes"], int)
     block = bytearray(32 << 20)
     block[:] = b"x" * len(block)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from autolora.adapters.attach import Adapters, replace_module
+from autolora.adapters.layer import LoRALinear
 
 
 @contextmanager
@@ -32,11 +33,22 @@ def merged(adapters: Adapters) -> Iterator[nn.Module]:
     Raises:
         TargetError: if an adapted module has no floating-point weight matrix to add to.
     """
-    before = [layer for layer in adapters.layers.values() if not layer.merged]
+    with merging(adapters.layers.values()), unwrapped(adapters) as model:
+        yield model
+
+
+@contextmanager
+def merging(layers: Iterable[LoRALinear]) -> Iterator[None]:
+    """Inside this context these layers are merged; those that were before stay so.
+
+    Raises:
+        TargetError: if one has no floating-point weight matrix to add to.
+    """
+    before = [layer for layer in layers if not layer.merged]
     try:
-        adapters.merge()
-        with unwrapped(adapters) as model:
-            yield model
+        for layer in before:
+            layer.merge()
+        yield
     finally:
         for layer in before:
             layer.unmerge()

@@ -35,7 +35,6 @@ class FixedGate(nn.Module):
     def __init__(self, rank: int, mask: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mask", torch.ones(rank))
-        self._open = True
         self._components: Tensor | None = None
         if mask is not None:
             self.set_mask(mask)
@@ -57,8 +56,7 @@ class FixedGate(nn.Module):
 
     def _notice(self) -> None:
         """Keep what the mask says where forward need not ask the device."""
-        self._open = bool(self.mask.all())
-        self._components = None if self._open else self.mask.nonzero().flatten()
+        self._components = None if bool(self.mask.all()) else self.mask.nonzero().flatten()
 
     def remaining(self) -> Tensor | None:
         """Indices of the components that are not switched off, or ``None`` when all are on."""
@@ -68,7 +66,7 @@ class FixedGate(nn.Module):
 
     def forward(self) -> Tensor | None:
         """The mask, or ``None`` when it is all ones."""
-        return None if self._open else self.mask
+        return None if self._components is None else self.mask
 
     def evaluation_gate(self) -> Tensor:
         """The gate that evaluation applies, shape ``(r,)``."""

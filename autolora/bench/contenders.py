@@ -9,6 +9,7 @@ documentation shows it, with ``torch.optim.AdamW`` left at its default implement
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -30,7 +31,7 @@ BUDGET_RANK = 4
 _SETTLING_STEPS = 3  # in a phase, before the next begins
 
 
-class Contender:
+class Contender(ABC):
     """One model with a training step of its own.
 
     Attributes:
@@ -44,9 +45,9 @@ class Contender:
         self.subject, self.precision = subject, precision
         self.steps = 0
 
+    @abstractmethod
     def step(self, batch: Batch) -> Tensor:
         """One training step; gives the loss without penalties."""
-        raise NotImplementedError
 
 
 class Limit(Contender):

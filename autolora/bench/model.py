@@ -45,7 +45,7 @@ class Subject:
         Raises:
             BackboneError: if it cannot be loaded.
         """
-        backbone = load_backbone(**config.model_dump(include={"name", "id", "path"}), num_labels=NUM_LABELS)
+        backbone = load_backbone(**config.weights, num_labels=NUM_LABELS)
         targets = tuple(find_sites(backbone.model, adapter_settings(run_config("uniform"))))
         return cls(backbone, device, targets, tuple(head_modules(backbone.model)))
 

@@ -17,6 +17,7 @@ from autolora.errors import DataError
 from autolora.files import write_json_atomic
 
 SCHEMA = 1
+Part = Literal["train", "evaluate", "memory", "once", "run"]
 _ALSO = ("peft", "accelerate")  # packages beside those that a run's result names
 
 
@@ -42,7 +43,7 @@ class Row(_Record):
         metric: that a run ended with.
     """
 
-    part: Literal["train", "evaluate", "memory", "once", "run"]
+    part: Part
     name: str
     shape: str | None = None
     precision: str | None = None

@@ -173,7 +173,7 @@ def _job(settings: RunSettings, cfg: RunConfig, rows: Path) -> dict[str, Any]:
         for name, split in (("train", problem.splits["fit"]), ("dev", problem.splits["dev"]))
     }
     rows.write_text(json.dumps(columns), encoding="utf-8")
-    weights = settings.backbone.model_dump(include={"name", "id", "path"})
+    weights = settings.backbone.weights
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "model": str(locate(**weights).directory),

@@ -12,7 +12,7 @@ from autolora.bench.contenders import ADALORA_OF, CONTENDERS, PEFT_OF
 from autolora.bench.measure import Interval, against, median_interval, take_turns
 from autolora.bench.memory import peak_bytes
 from autolora.bench.model import Precision, Subject
-from autolora.bench.report import Row
+from autolora.bench.report import Part, Row
 from autolora.bench.settings import StepsSettings
 from autolora.strategies.base import Batch
 
@@ -81,6 +81,25 @@ class Case:
             max_seconds=self.settings.max_seconds,
         )
 
+    def row(
+        self,
+        part: Part,
+        name: str,
+        measured: Mapping[str, list[float]],
+        references: Mapping[str, str | None],
+        value: Interval,
+    ) -> Row:
+        """What was measured of one contender, beside its references in the same rounds."""
+        return Row(
+            part=part,
+            name=name,
+            shape=self.shape,
+            precision=self.precision,
+            rounds=len(measured[name]),
+            value=value,
+            ratios=against(measured, name, references),
+        )
+
 
 def training_rows(case: Case) -> Iterator[Row]:
     """Training steps of all contenders, in turns."""
@@ -89,15 +108,7 @@ def training_rows(case: Case) -> Iterator[Row]:
     times = case.time({name: contender.step for name, contender in contenders.items()})
     for name in chosen:
         references = {"peft": PEFT_OF.get(name), "adalora": ADALORA_OF.get(name), "limit": "limit"}
-        yield Row(
-            part="train",
-            name=name,
-            shape=case.shape,
-            precision=case.precision,
-            rounds=len(times[name]),
-            value=milliseconds(times[name]),
-            ratios=against(times, name, references),
-        )
+        yield case.row("train", name, times, references, milliseconds(times[name]))
 
 
 def evaluation_rows(case: Case) -> Iterator[Row]:
@@ -105,15 +116,8 @@ def evaluation_rows(case: Case) -> Iterator[Row]:
     chosen = case.settings.chosen(evaluation.MODELS)
     times = case.time({name: evaluation.predictor(case.subject, case.precision, name) for name in chosen})
     for name in chosen:
-        yield Row(
-            part="evaluate",
-            name=name,
-            shape=case.shape,
-            precision=case.precision,
-            rounds=len(times[name]),
-            value=milliseconds(times[name]),
-            ratios=against(times, name, {"peft": evaluation.PEFT_OF.get(name), "bare": "bare"}),
-        )
+        references = {"peft": evaluation.PEFT_OF.get(name), "bare": "bare"}
+        yield case.row("evaluate", name, times, references, milliseconds(times[name]))
 
 
 def memory_rows(case: Case) -> Iterator[Row]:
@@ -124,15 +128,7 @@ def memory_rows(case: Case) -> Iterator[Row]:
         peaks[name] = [float(peak)]
     for name in peaks:
         references = {"peft": PEFT_OF.get(name), "adalora": ADALORA_OF.get(name), "limit": "limit"}
-        yield Row(
-            part="memory",
-            name=name,
-            shape=case.shape,
-            precision=case.precision,
-            rounds=1,
-            value=median_interval(peaks[name]),
-            ratios=against(peaks, name, references),
-        )
+        yield case.row("memory", name, peaks, references, median_interval(peaks[name]))
 
 
 def once_rows(subject: Subject, settings: StepsSettings) -> Iterator[Row]:

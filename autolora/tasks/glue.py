@@ -7,6 +7,7 @@ ICLR 2019, section 3 and table 1. Label order follows the ``nyu-mll/glue`` data 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class GlueTask:
     def regression(self) -> bool:
         """Whether the label is a score instead of a class."""
         return self.labels is None
+
+    @property
+    def problem_type(self) -> Literal["regression", "single_label_classification"]:
+        """The kind of problem, in the words of transformers."""
+        return "regression" if self.regression else "single_label_classification"
 
     @property
     def num_labels(self) -> int:

@@ -82,7 +82,7 @@ class TextProblem(Problem):
         self.pretrained: Backbone = load_backbone(
             **self._weights,
             num_labels=self.task.num_labels,
-            problem_type="regression" if self.task.regression else "single_label_classification",
+            problem_type=self.task.problem_type,
             head_seed=settings.head_seed,
         )
         self.model = self.pretrained.model

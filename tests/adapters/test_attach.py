@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from adapters.tiny_models import inputs_for, make, output, randomize, snapshot
+from adapters.tiny_models import Shared, inputs_for, make, output, randomize, snapshot
 from torch import Tensor, nn
 
 from autolora.adapters import (
@@ -194,19 +194,6 @@ def test_fused_biases_count_as_biases() -> None:
 
 
 # Shared modules -------------------------------------------------------------------------------------------------------
-
-
-class Shared(nn.Module):
-    """One Linear under three names, two of them in one parent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.again = self.first
-        self.inner = nn.Sequential(self.first, nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.again(self.first(x).tanh()).tanh())
 
 
 def test_a_shared_linear_is_adapted_once_under_all_names() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny_models
-from adapters.tiny_models import FAMILIES, inputs_for, output, randomize, snapshot
+from adapters.tiny_models import FAMILIES, Shared, inputs_for, output, randomize, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -237,19 +237,6 @@ def test_names_that_tempt_get_their_own_rank(kind: str | None, targets: str, tmp
     close(loaded.base_model(x), expected)
     load_peft(base, tmp_path / "a")
     close(base(x), expected)
-
-
-class Shared(nn.Module):
-    """One Linear at three places, in two parents; and a block at two places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.again = self.first
-        self.inner = nn.Sequential(self.first, nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.again(self.first(x).tanh()).tanh())
 
 
 def test_a_module_at_two_places_is_written_in_full(tmp_path: Path) -> None:

@@ -114,3 +114,16 @@ def randomize(adapters: object, seed: int = 2) -> None:
     for layer in adapters.layers.values():  # type: ignore[attr-defined]
         with torch.no_grad():
             layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
+
+
+class Shared(nn.Module):
+    """One Linear under three names, two of them in one parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.inner = nn.Sequential(self.first, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.again(self.first(x).tanh()).tanh())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from autolora.adapters.peft_format.names import PREFIX, outermost, pattern_value
 from autolora.adapters.peft_format.save import CONFIG, SCHEMA, SIDECAR, WEIGHTS
 from autolora.adapters.select import under
 from autolora.errors import DataError, TargetError
+from autolora.files import read_json
 from autolora.plan import RankPlan, Site
 
 # What may be in adapter_config.json without changing what the stored tensors mean. Anything else that is set is
@@ -143,12 +143,7 @@ def read_sidecar(directory: Path) -> dict[str, Any] | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{file.parent}: there is no {file.name}; expected the folder of a PEFT adapter") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: expected JSON, could not read it ({error})") from None
+    data = read_json(file, f"{file.parent}: there is no {file.name}; expected the folder of a PEFT adapter")
     if not isinstance(data, dict):
         raise DataError(f"{file}: expected a JSON object, got {type(data).__name__}")
     return data

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autolora import __version__
 from autolora.adapters.attach import Adapters
-from autolora.adapters.bare import unwrapped
+from autolora.adapters.bare import merging, unwrapped
 from autolora.adapters.fingerprint import fingerprint
 from autolora.adapters.layer import LoRALinear
 from autolora.adapters.linear_like import is_conv1d, site_of
@@ -155,14 +155,8 @@ def _in_full(model: nn.Module, name: str, layers: Mapping[str, LoRALinear]) -> d
     """The state of a module, with the updates of the adapters inside it."""
     module = model.get_submodule(name)
     inside = {id(child) for child in module.modules()}
-    to_merge = [layer for layer in layers.values() if id(layer.base_layer) in inside and not layer.merged]
-    try:
-        for layer in to_merge:
-            layer.merge()
+    with merging(layer for layer in layers.values() if id(layer.base_layer) in inside):
         return {f"{PREFIX}{name}.{key}": tensor.clone() for key, tensor in module.state_dict().items()}
-    finally:
-        for layer in to_merge:
-            layer.unmerge()
 
 
 def _bias_key(name: str, factors: Factors) -> str:
