@@ -281,11 +281,15 @@ class HeadOptim(GroupOptim):
 
 
 class OptimConfig(Section):
-    """AdamW by parameter group, and the schedule of the learning rates."""
+    """AdamW by parameter group, and the schedule of the learning rates.
+
+    The rate of B is ``loraplus_lr_ratio`` times that of A.
+    """
 
     adapter: GroupOptim = GroupOptim()
     gate: GateOptim = GateOptim()
     head: HeadOptim = HeadOptim()
+    loraplus_lr_ratio: Positive = 1.0
     betas: Annotated[tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]], Strict(False)] = (
         0.9,
         0.999,
@@ -377,6 +381,8 @@ class RunConfig(Section):
     max_rank: Count = 16
     run_root: PathLike = Path("runs")
     force: bool = False
+    retrain: Literal["none", "found", "permuted", "uniform"] = "none"
+    retrain_on: Literal["fit", "all"] = "fit"
     task: GlueTaskConfig | PlantedConfig = Field(default=GlueTaskConfig(name="mnli"), discriminator="name")
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -405,12 +411,27 @@ class RunConfig(Section):
         if planted and self.backbone.name != "none":
             message = f"backbone={self.backbone.name}: task=planted brings its own model: leave the backbone out"
             yield Conflict(("task.name", "backbone.name"), message)
+        if self.retrain_on == "all":
+            yield from self._without_heldout()
         if self.run_root.exists() and not self.run_root.is_dir():
             yield Conflict(("run_root",), f"run_root={self.run_root}: expected a folder, got a file")
         if isinstance(self.logger, WandbConfig) and importlib.util.find_spec("wandb") is None:
             yield Conflict(("logger.name",), "logger=wandb: wandb is not installed: pip install wandb, or logger=csv")
         if not planted and self.backbone.name == "none":
             yield Conflict(("task.name", "backbone.name"), f"backbone=none: task={self.task.name} needs a model")
+
+    def _without_heldout(self) -> Iterator[Conflict]:
+        """Who trains on the held-out rows has none left to choose by."""
+        if self.retrain == "none":
+            keys = ("retrain", "retrain_on")
+            yield Conflict(keys, "retrain_on=all: only has a meaning beside retrain=found, permuted or uniform")
+        for key, value in (
+            ("checkpoint", self.trainer.checkpoint == "best"),
+            ("early_stopping_patience", self.trainer.early_stopping_patience is not None),
+        ):
+            if value:
+                message = f"retrain_on=all: nothing is held out to choose by: leave out trainer.{key}"
+                yield Conflict(("retrain_on", f"trainer.{key}"), message)
 
     def to_yaml(self) -> str:
         """The configuration as YAML with every key, as in ``config.yaml`` of a run directory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import GlueTaskConfig, PlantedConfig, RunConfig
@@ -94,14 +95,24 @@ def make_strategy(cfg: RunConfig, problem: Problem) -> Strategy[Any]:
     """The configured strategy with its budget."""
     from autolora import strategies
 
+    budget = make_budget(cfg, problem)
+    return strategies.make_strategy(cfg.strategy.name, cfg.strategy.options, budget=budget, max_rank=cfg.max_rank)
+
+
+def make_control(cfg: RunConfig, problem: Problem, found: Mapping[str, int]) -> Strategy[Any]:
+    """The strategy that trains again at what was found, or at a control of equal cost, as ``retrain`` says."""
+    from autolora.strategies.controls import AtPlan
+
+    assert cfg.retrain != "none"
+    seed = seed_for(cfg.seed, "permutation")
+    return AtPlan(found, cfg.retrain, seed, budget=make_budget(cfg, problem), max_rank=cfg.max_rank)
+
+
+def make_budget(cfg: RunConfig, problem: Problem) -> Budget:
+    """What the configuration says, or the problem's own default."""
     given = cfg.budget.given()
     budget = Budget(**given) if given else problem.default_budget  # type: ignore[arg-type]
-    return strategies.make_strategy(
-        cfg.strategy.name,
-        cfg.strategy.options,
-        budget=budget if cfg.budget.enabled else Budget(),
-        max_rank=cfg.max_rank,
-    )
+    return budget if cfg.budget.enabled else Budget()
 
 
 def adapter_settings(cfg: RunConfig) -> AdapterSettings:
@@ -134,6 +145,7 @@ def optimization(cfg: RunConfig) -> dict[str, Any]:
             adapter=GroupRates(optim.adapter.lr, optim.adapter.weight_decay),
             gate=GroupRates(optim.gate.lr, optim.gate.weight_decay),
             head=GroupRates(optim.head.lr, optim.head.weight_decay),
+            loraplus_lr_ratio=optim.loraplus_lr_ratio,
         ),
         "betas": optim.betas,
         "eps": optim.eps,

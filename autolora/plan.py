@@ -179,6 +179,30 @@ def even_order(largest: RankPlan) -> list[str]:
     return [names[i] for level in range(levels) for i in spread if largest[names[i]] > level]
 
 
+def proportional_order(weights: Mapping[str, float], largest: RankPlan) -> list[str]:
+    """Components in the order in which they keep ranks as close as whole numbers can be to a given shape.
+
+    The k-th component of a module with weight w comes at ``(k - 1/2) / w`` (Webster's method of apportionment, with
+    which ``round(c * w)`` is bought after the budget of any c), so that :func:`spend` scales the shape to a budget. A
+    module of weight 0 is offered nothing.
+
+    Args:
+        weights: the shape: ranks, or anything that ranks shall be proportional to; one for each module of ``largest``.
+        largest: no module is offered more than its rank here.
+
+    Raises:
+        PlanError: if a weight is negative or not finite, or not every module has one.
+    """
+    if set(weights) != set(largest):
+        raise PlanError(f"weights: expected one for each of the {len(largest)} modules, got {len(weights)}")
+    wrong = [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]
+    if wrong:
+        raise PlanError(f"weight of {wrong[0]}: expected a finite number >= 0, got {weights[wrong[0]]}")
+    offered = [(name, k) for name in largest if weights[name] > 0 for k in range(largest[name])]
+    offered.sort(key=lambda component: (component[1] + 0.5) / weights[component[0]])
+    return [name for name, _ in offered]
+
+
 def rank_by_score(names: Sequence[str], scores: Sequence[float]) -> list[str]:
     """Module names sorted by descending score of their components; ties keep their order."""
     assert len(names) == len(scores)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from autolora import results
 from autolora.config import RunConfig
 from autolora.parts import say
 from autolora.plan import RankPlan
-from autolora.results import Metrics, Params, Planted, RunDirectory, RunResult, Seconds, config_hash
+from autolora.results import (
+    Compute,
+    Metrics,
+    Params,
+    Planted,
+    RunDirectory,
+    RunResult,
+    Seconds,
+    Selection,
+    config_hash,
+)
 from autolora.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -33,13 +44,40 @@ class Run:
     strategy: Strategy[Any] | None = None
     module: AdapterModule | None = None
     precision: str | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    selection: Selection | None = None
+    peak_trainable: int = 0
+    plans_measured: int = 0
 
     @property
     def identity(self) -> str:
         """The hash of everything that decides the outcome."""
         problem = self.problem
         return config_hash(self.cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
+
+    @property
+    def stage(self) -> Literal["fit", "retrain"]:
+        """Which training is under way; the second begins with what the first has selected."""
+        return "fit" if self.selection is None else "retrain"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the training that is under way keeps its checkpoints."""
+        return self.directory.checkpoints if self.stage == "fit" else self.directory.retrain_checkpoints
+
+    @property
+    def compute(self) -> Compute:
+        """What it took so far."""
+        steps = self.module.steps_done if self.module else 0
+        if self.selection is None:
+            return Compute(fit_steps=steps, plans_measured=self.plans_measured)
+        return self.selection.compute.model_copy(update={"retrain_steps": steps})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the data and of the selection."""
+        if self.selection is not None:
+            return (*self.problem.notes, *self.selection.notes)
+        return (*self.problem.notes, *(self.strategy.notes if self.strategy else ()))
 
 
 class Clock:
@@ -101,19 +139,32 @@ def save_adapter(run: Run) -> None:
     )
 
 
-def describe(run: Run, plan: RankPlan, selection: Scores, scores: Scores) -> RunResult:
+def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | None) -> None:
+    """Write down what was selected: from here on the run is in its second training, also after an interruption."""
+    run.selection = Selection(
+        ranks=dict(plan),
+        metrics=scores.all,
+        notes=run.strategy.notes if run.strategy else (),
+        compute=run.compute,
+        examples=run.module.examples_seen if run.module else 0,
+        peak_trainable=run.peak_trainable,
+        seconds=run.clock.so_far(),
+        logger=logger,
+    )
+    run.directory.write_selection(run.selection)
+
+
+def describe(run: Run, selection: Scores | None, scores: Scores) -> RunResult:
     """Everything about a complete run that ``result.json`` holds."""
     assert run.strategy is not None
-    notes = (
-        *run.problem.notes, *run.strategy.notes, *scores.notes, *budget_notes(plan, run.strategy.allowance)
-    )  # fmt: skip
+    plan = run.strategy.adapters.active_plan()
     return RunResult(
         status="complete",
         metrics=Metrics(primary=scores.primary, value=scores.value, all=scores.all),
-        selection_metrics=selection.all,
+        selection_metrics=selection.all if selection else {},
         ranks=dict(plan),
-        planted=_planted_record(run.problem, plan, scores),
-        notes=notes,
+        planted=_planted_record(run, plan, scores),
+        notes=(*run.notes, *scores.notes, *budget_notes(plan, run.strategy.allowance)),
         **facts(run),
     )
 
@@ -123,9 +174,9 @@ def record_interruption(run: Run, stop: Interrupted) -> None:
     if run.directory.is_complete():  # too late
         return
     steps = run.module.steps_done if run.module else 0
-    checkpoints = sorted(run.directory.checkpoints.glob("step-*.ckpt"))
+    checkpoints = sorted(run.checkpoints.glob("step-*.ckpt"))
     metrics = Metrics(primary=run.problem.primary)
-    note = f"{stop} at step {steps}"
+    note = f"{stop} at step {steps}{' of the second training' if run.stage == 'retrain' else ''}"
     run.directory.write_result(RunResult(status="interrupted", metrics=metrics, ranks={}, notes=(note,), **facts(run)))
     where = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
     say(f"{note}; the same command {where} in {run.directory.path}")
@@ -135,10 +186,13 @@ def facts(run: Run) -> dict[str, Any]:
     """The fields of a result that do not depend on how the run ended."""
     cfg, problem = run.cfg, run.problem
     gpu, gpu_peak = _gpu_use(run)
-    adapters = run.strategy.adapters if run.strategy and run.counts else None
+    adapters = run.strategy.adapters if run.strategy and run.peak_trainable else None
     count = adapters.count() if adapters else dict.fromkeys(("adapter", "scale", "bias", "head", "gate", "total"), 0)
     seconds = Seconds(**run.clock.so_far())
     examples = run.module.examples_seen if run.module else 0
+    compute = run.compute
+    if run.selection is not None:
+        examples += run.selection.examples
     return {
         "task": problem.name,
         "data_source": problem.data_source,
@@ -151,15 +205,18 @@ def facts(run: Run) -> dict[str, Any]:
             adapter=count["adapter"],
             extra=count["scale"] + count["bias"],
             head=count["head"],
-            peak_trainable=run.counts.get("trainable", 0),
+            peak_trainable=run.peak_trainable,
             budget=run.strategy.allowance if run.strategy and adapters else None,
             backbone=count["total"] - count["adapter"] - count["scale"] - count["gate"] - count["head"],
         ),
         "adapter_bytes": sum(p.numel() * p.element_size() for p in adapters.adapter_parameters()) if adapters else 0,
         "seconds": seconds,
-        "examples_per_second": examples / max(seconds.fit, 1e-9),
+        "examples_per_second": examples / max(seconds.fit + seconds.retrain, 1e-9),
         "peak_memory_bytes": results.peak_memory_bytes() if gpu_peak is None else gpu_peak,
-        "steps": run.module.steps_done if run.module else 0,
+        "steps": compute.fit_steps + compute.retrain_steps,
+        "compute": compute,
+        "retrain": cfg.retrain,
+        "found": run.selection.ranks if run.selection else None,
         "config_hash": run.identity,
         "git": results.git_state(),
         "versions": results.versions(),
@@ -201,13 +258,15 @@ def prediction_rows(problem: Problem, outputs: dict[str, Outputs]) -> tuple[list
     return header, rows()
 
 
-def _planted_record(problem: Problem, plan: RankPlan, scores: Scores) -> Planted | None:
+def _planted_record(run: Run, plan: RankPlan, scores: Scores) -> Planted | None:
+    """How the ranks that were selected compare with the true ones, and the error in the end."""
     from autolora.tasks.planted import exact_fraction
     from autolora.training.planted import PlantedRegression
 
-    if not isinstance(problem, PlantedRegression):
+    if not isinstance(run.problem, PlantedRegression):
         return None
-    true = problem.true_plan
+    true = run.problem.true_plan
+    found = plan if run.selection is None else RankPlan(plan.sites, run.selection.ranks)
     return Planted(
-        true=dict(true), found=dict(plan), exact_fraction=exact_fraction(true, plan), excess_error=scores.value
+        true=dict(true), found=dict(found), exact_fraction=exact_fraction(true, found), excess_error=scores.value
     )

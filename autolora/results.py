@@ -42,6 +42,7 @@ _NOT_IDENTITY = (
     "trainer.keep_checkpoints",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
+_OPTIONAL = ("planted", "found")
 
 
 class _Record(BaseModel):
@@ -84,6 +85,32 @@ class Seconds(_Record):
     evaluate: float = 0.0
 
 
+class Compute(_Record):
+    """What a run took besides seconds: optimizer steps before selection and after it, and plans that were measured on
+    the held-out slice, each once, however often a search came back to it.
+    """
+
+    fit_steps: int = 0
+    retrain_steps: int = 0
+    plans_measured: int = 0
+
+
+class Selection(_Record):
+    """The content of ``selection.json``: what a run knows when the ranks are chosen and training begins again.
+
+    ``ranks`` is the plan found, ``metrics`` its score on the held-out slice; the rest goes into the result in the end.
+    """
+
+    ranks: dict[str, int]
+    metrics: dict[str, float | None]
+    notes: tuple[str, ...]
+    compute: Compute
+    examples: int
+    peak_trainable: int
+    seconds: dict[str, float]
+    logger: str | None
+
+
 class Planted(_Record):
     """True and found ranks, the share of modules that are exact, and the error relative to no adapter."""
 
@@ -101,7 +128,11 @@ class Git(_Record):
 
 
 class RunResult(_Record):
-    """The content of ``result.json``. NaN and infinities become null, and a note says so."""
+    """The content of ``result.json``. NaN and infinities become null, and a note says so.
+
+    ``ranks`` are those of the adapter that is evaluated and written. Where a run trains again after its selection,
+    ``retrain`` says at which plan, and ``found`` is the one that was selected.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -123,6 +154,9 @@ class RunResult(_Record):
     examples_per_second: float
     peak_memory_bytes: int
     steps: int
+    compute: Compute = Compute()
+    retrain: str = "none"
+    found: dict[str, int] | None = None
     config_hash: str
     git: Git
     versions: dict[str, str]
@@ -140,11 +174,9 @@ class RunResult(_Record):
         return {**clean, "notes": (*clean.get("notes", ()), *notes)}
 
     def to_json(self) -> str:
-        """Strict JSON; ``planted`` only where there is something planted."""
+        """Strict JSON; ``planted`` and ``found`` only where there is such a thing."""
         data = self.model_dump(mode="json", by_alias=True)
-        if self.planted is None:
-            del data["planted"]
-        return dump_json(data)
+        return dump_json({key: value for key, value in data.items() if key not in _OPTIONAL or value is not None})
 
 
 @dataclass(frozen=True)
@@ -181,6 +213,16 @@ class RunDirectory:
         return self.path / "history.csv"
 
     @property
+    def selection(self) -> Path:
+        """What was selected, where training begins again after that."""
+        return self.path / "selection.json"
+
+    @property
+    def retrain_history(self) -> Path:
+        """The history of the second training."""
+        return self.path / "retrain_history.csv"
+
+    @property
     def predictions(self) -> Path:
         """One row for each example of dev."""
         return self.path / "predictions.csv"
@@ -189,6 +231,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Checkpoints of the training loop."""
         return self.path / "checkpoints"
+
+    @property
+    def retrain_checkpoints(self) -> Path:
+        """Checkpoints of the second training."""
+        return self.checkpoints / "retrain"
 
     @property
     def adapter(self) -> Path:
@@ -216,7 +263,8 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Take away what an earlier run has left, its result first, so that the rest never looks complete."""
-        for path in (self.result, self.ranks, self.predictions, self.history):
+        written = (self.result, self.ranks, self.predictions, self.selection, self.history, self.retrain_history)
+        for path in written:
             path.unlink(missing_ok=True)
         for folder in (self.adapter, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +275,7 @@ class RunDirectory:
         Call it while the directory is :meth:`held`: what looks half-written is nobody's then.
         """
         self.result.unlink(missing_ok=True)
-        for folder in (self.path, self.checkpoints):
+        for folder in (self.path, self.checkpoints, self.retrain_checkpoints):
             for rest in folder.glob(".*.tmp"):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         write_text_atomic(self.config, cfg.to_yaml())
@@ -242,6 +290,17 @@ class RunDirectory:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             writer.writerows(rows)
+
+    def write_selection(self, selection: Selection) -> None:
+        """Write ``selection.json``."""
+        write_json_atomic(self.selection, selection.model_dump(mode="json"))
+
+    def read_selection(self) -> Selection | None:
+        """What :meth:`write_selection` wrote, or ``None``; a damaged one counts as none."""
+        try:
+            return Selection.model_validate(read_json(self.selection, "", ""))
+        except (DataError, ValidationError):
+            return None
 
     def write_result(self, result: RunResult) -> None:
         """Write ``result.json``: call it when everything else is written."""

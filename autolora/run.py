@@ -7,14 +7,33 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import RunConfig, WandbConfig
-from autolora.parts import adapter_settings, is_main_process, make_problem, make_strategy, optimization, say, seed_for
+from autolora.parts import (
+    adapter_settings,
+    is_main_process,
+    make_control,
+    make_problem,
+    make_strategy,
+    optimization,
+    say,
+    seed_for,
+)
 from autolora.plan import RankPlan
-from autolora.record import Clock, Run, describe, prediction_rows, record_interruption, save_adapter
+from autolora.record import (
+    Clock,
+    Run,
+    describe,
+    prediction_rows,
+    record_interruption,
+    record_selection,
+    save_adapter,
+)
 from autolora.results import RunDirectory, RunResult, forget_peak_memory
 from autolora.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
+    from autolora.strategies.base import Strategy
     from autolora.training.checkpoints import Checkpoint
+    from autolora.training.problem import Outputs, Scores
 
 
 def run_one(cfg: RunConfig) -> RunResult:
@@ -48,70 +67,34 @@ def run_one(cfg: RunConfig) -> RunResult:
 
 def carry_out(run: Run) -> RunResult:
     """The steps of a run, from the beginning or from its last checkpoint."""
-    cfg, problem, directory, clock = run.cfg, run.problem, run.directory, run.clock
+    cfg, problem, clock = run.cfg, run.problem, run.clock
     checkpoint = begin(run)
 
-    import lightning.pytorch as pl
-
-    from autolora.adapters import compact
-    from autolora.training.callbacks import HeldoutChoice, History, ProgressBar
-    from autolora.training.checkpoints import Checkpoints
-    from autolora.training.fit import fit, make_trainer
-    from autolora.training.module import AdapterModule
     from autolora.training.problem import evaluate
 
-    problem.build()
-    run.strategy = strategy = make_strategy(cfg, problem)
-    adapters = strategy.attach(problem.model, adapter_settings(cfg))
-    run.counts = adapters.count()
-    say(adapters.summary())
-
-    history = History(directory.history, cfg.trainer.log_every_n_steps)
-    choice = HeldoutChoice(keep_best=cfg.trainer.checkpoint == "best", patience=cfg.trainer.early_stopping_patience)
-    saving = Checkpoints(
-        directory.checkpoints,
-        run.identity,
-        run.signals,
-        clock.so_far,
-        every_steps=cfg.trainer.checkpoint_every_n_steps,
-        every_minutes=cfg.trainer.checkpoint_every_minutes,
-    )
-    callbacks: list[pl.Callback] = [history, choice, saving]
-    if cfg.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar(history, strategy.allowance, cfg.trainer.log_every_n_steps))
     with ExitStack() as stack:
         stack.enter_context(cpu_threads(problem.threads))
         wandb_run = stack.enter_context(open_wandb(run, checkpoint)) if isinstance(cfg.logger, WandbConfig) else None
         logger = wandb_run.logger if wandb_run else None
-        trainer = make_trainer(cfg.trainer.arguments(), root=directory.path, callbacks=callbacks, logger=logger)
-        run.precision = str(trainer.precision)
-        run.module = module = AdapterModule(problem, strategy, **optimization(cfg))
-        pl.seed_everything(seed_for(cfg.seed, "training"), verbose=False)
-
-        with clock.measure("fit"):
-            fit(trainer, module, problem, choice, directory.checkpoints, checkpoint.path if checkpoint else None)
-
-        def score(plan: RankPlan) -> float:
-            with adapters.masked(plan):
-                return problem.scores({"heldout": evaluate(problem, problem.model, "heldout")}).utility()
-
-        with clock.measure("select"):
-            plan = strategy.finalize(score)
-            compact(adapters)
-            selection = problem.scores({"heldout": evaluate(problem, problem.model, "heldout")})
+        selection = None
+        if run.selection is None:
+            train(run, make_strategy(cfg, problem), checkpoint, logger)
+            plan, selection = select(run)
+            if cfg.retrain != "none":
+                record_selection(run, plan, selection, str(logger.version) if logger else None)
+                checkpoint = None
+        if run.selection is not None:
+            train(run, make_control(cfg, problem, run.selection.ranks), checkpoint, logger)
+            held_out = cfg.retrain_on == "fit"
+            selection = problem.scores({"heldout": evaluate(problem, problem.model, "heldout")}) if held_out else None
         with clock.measure("evaluate"):
             outputs = {split: evaluate(problem, problem.model, split) for split in problem.dev_splits}
             scores = problem.scores(outputs)
-        result = describe(run, plan, selection, scores)
+        result = describe(run, selection, scores)
         if wandb_run is not None:
-            wandb_run.finish_with({f"dev/{name}": value for name, value in scores.all.items()}, plan)
-    if trainer.is_global_zero:
-        save_adapter(run)
-        directory.write_ranks(plan)
-        directory.write_predictions(*prediction_rows(problem, outputs))
-        directory.write_result(result)
-        if not cfg.trainer.keep_checkpoints:
-            saving.discard()
+            wandb_run.finish_with({f"dev/{name}": value for name, value in scores.all.items()}, result.ranks)
+    if is_main_process():
+        write(run, result, outputs)
     return result
 
 
@@ -124,18 +107,100 @@ def begin(run: Run) -> Checkpoint | None:
     from autolora.training.checkpoints import newest
 
     directory = run.directory
-    if not is_main_process():  # the first process, which has started this one, has done the rest
-        return newest(directory.checkpoints, run.identity, say)
-    if run.cfg.force:
+    if is_main_process() and run.cfg.force:
         directory.clear()
-    checkpoint = newest(directory.checkpoints, run.identity, say)
+    if run.cfg.retrain != "none":
+        run.selection = directory.read_selection()
+    checkpoint = newest(run.checkpoints, run.identity, say)
+    if not is_main_process():  # the first process, which has started this one, does the rest
+        return checkpoint
+    training = "" if run.stage == "fit" else "the second training "
     if checkpoint is not None:
-        say(f"resuming at step {checkpoint.step} of {checkpoint.total_steps} in {directory.path}")
+        say(f"resuming {training}at step {checkpoint.step} of {checkpoint.total_steps} in {directory.path}")
         run.clock.go_on(checkpoint.seconds)
+    elif run.selection is not None:
+        say(f"resuming at the beginning of the second training in {directory.path}")
+        run.clock.go_on(run.selection.seconds)
     elif directory.config.exists() and not run.cfg.force:
         say(f"an earlier attempt left no checkpoint; starting again in {directory.path}")
     directory.start(run.cfg)
     return checkpoint
+
+
+def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logger: Any) -> None:
+    """Train a fresh model under a strategy; or go on from a checkpoint."""
+    import lightning.pytorch as pl
+
+    from autolora.training.callbacks import HeldoutChoice, History, ProgressBar
+    from autolora.training.checkpoints import Checkpoints
+    from autolora.training.fit import fit, make_trainer
+    from autolora.training.module import AdapterModule
+
+    cfg, problem, directory, settings = run.cfg, run.problem, run.directory, run.cfg.trainer
+    second = run.stage == "retrain"
+    problem.build(all_rows=second and cfg.retrain_on == "all")
+    run.strategy = strategy
+    adapters = strategy.attach(problem.model, adapter_settings(cfg))
+    problem.model = adapters.model
+    run.peak_trainable = max(adapters.count()["trainable"], run.selection.peak_trainable if run.selection else 0)
+    say(adapters.summary())
+
+    steps_before = run.compute.fit_steps if second else 0
+    file = directory.retrain_history if second else directory.history
+    history = History(file, settings.log_every_n_steps, logged_before=steps_before)
+    choice = HeldoutChoice(keep_best=settings.checkpoint == "best", patience=settings.early_stopping_patience)
+    saving = Checkpoints(
+        run.checkpoints,
+        run.identity,
+        run.signals,
+        run.clock.so_far,
+        every_steps=settings.checkpoint_every_n_steps,
+        every_minutes=settings.checkpoint_every_minutes,
+    )
+    callbacks: list[pl.Callback] = [history, choice, saving]
+    if settings.enable_progress_bar:
+        callbacks.append(ProgressBar(history, strategy.allowance, settings.log_every_n_steps))
+    trainer = make_trainer(settings.arguments(), root=directory.path, callbacks=callbacks, logger=logger)
+    run.precision = str(trainer.precision)
+    run.module = module = AdapterModule(problem, strategy, **optimization(cfg))
+    pl.seed_everything(seed_for(cfg.seed, "training"), verbose=False)
+    with run.clock.measure(run.stage):
+        fit(trainer, module, problem, choice, run.checkpoints, checkpoint.path if checkpoint else None)
+
+
+def select(run: Run) -> tuple[RankPlan, Scores]:
+    """The plan that the strategy settles on, with what it does not use removed, and its score on the held-out slice."""
+    from autolora.adapters import compact
+    from autolora.training.problem import evaluate
+
+    problem, strategy = run.problem, run.strategy
+    assert strategy is not None
+
+    def held_out() -> Scores:
+        return problem.scores({"heldout": evaluate(problem, problem.model, "heldout")})
+
+    def score(plan: RankPlan) -> float:
+        run.plans_measured += 1
+        with strategy.adapters.masked(plan):
+            return held_out().utility()
+
+    with run.clock.measure("select"):
+        plan = strategy.finalize(score)
+        compact(strategy.adapters)
+        return plan, held_out()
+
+
+def write(run: Run, result: RunResult, outputs: dict[str, Outputs]) -> None:
+    """Write the run directory, the result last."""
+    from autolora.training.checkpoints import discard
+
+    save_adapter(run)
+    run.directory.write_ranks(result.ranks)
+    run.directory.write_predictions(*prediction_rows(run.problem, outputs))
+    run.directory.write_result(result)
+    if not run.cfg.trainer.keep_checkpoints:
+        discard(run.directory.retrain_checkpoints)
+        discard(run.directory.checkpoints)
 
 
 def open_wandb(run: Run, checkpoint: Checkpoint | None) -> Any:
@@ -144,7 +209,7 @@ def open_wandb(run: Run, checkpoint: Checkpoint | None) -> Any:
 
     path, cfg = run.directory.path, run.cfg
     settings = cfg.logger.model_dump(exclude={"name"})
-    resume = checkpoint.logger if checkpoint else None
+    resume = (checkpoint or run.selection).logger if checkpoint or run.selection else None  # type: ignore[union-attr]
     return WandbRun(path, path.name, settings, cfg.model_dump(mode="json"), resume)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -26,6 +27,7 @@ from autolora.config import Conflict, RunConfig, StrategyConfig
 from autolora.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+STRATEGY_ROOMS = ("autolora.strategies", "autolora.search")
 _NOUNS: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"),
     int: ("an integer", "integers"),
@@ -136,23 +138,36 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def strategy_options(name: str) -> type[BaseModel]:
-    """The options model of a strategy: ``Options`` in ``autolora/strategies/<name>.py``.
+    """The options model of a strategy: ``Options`` in its module.
 
     Raises:
         ConfigError: if there is no such module, or it has no ``Options``.
     """
-    place = f"autolora.strategies.{name}"
+    module = strategy_module(name)
+    options = getattr(module, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, BaseModel)):
+        raise ConfigError(
+            f"strategy.name={name}: {module.__name__} is no strategy: it has no class Options (a pydantic model)"
+        )
+    return options
+
+
+def strategy_module(name: str) -> ModuleType:
+    """The module of a strategy: ``autolora/strategies/<name>.py``, or ``autolora/search/<name>.py``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     if not re.fullmatch(r"[a-z]\w*", name):
         raise ConfigError(f"strategy.name: expected the name of a module in autolora/strategies, got {name!r}")
-    try:
-        options = getattr(importlib.import_module(place), "Options", None)
-    except ModuleNotFoundError as error:
-        if error.name != place:
-            raise
-        raise ConfigError(f"strategy.name={name}: unknown strategy: there is no {place}") from None
-    if not (isinstance(options, type) and issubclass(options, BaseModel)):
-        raise ConfigError(f"strategy.name={name}: {place} is no strategy: it has no class Options (a pydantic model)")
-    return options
+    places = [f"{room}.{name}" for room in STRATEGY_ROOMS]
+    for place in places:
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name not in (place, place.rpartition(".")[0]):
+                raise
+    raise ConfigError(f"strategy.name={name}: unknown strategy: there is no {' or '.join(places)}")
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

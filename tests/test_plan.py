@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autolora.errors import PlanError
-from autolora.plan import Budget, RankPlan, Site, even_order, rank_by_score, spend
+from autolora.plan import Budget, RankPlan, Site, even_order, proportional_order, rank_by_score, spend
 
 # Two modules: a component of `a` costs 10 + 6 = 16, one of `b` 10 + 2 = 12; b has full rank 2.
 SMALL = {"a": Site(10, 6), "b": Site(10, 2)}
@@ -198,3 +200,23 @@ def test_even_order_offers_every_component_once(count: int) -> None:
 def test_rank_by_score_is_descending_and_stable() -> None:
     assert rank_by_score(["a", "b", "a", "c"], [0.5, 0.9, 0.5, -1.0]) == ["b", "a", "a", "c"]
     assert rank_by_score(["x", "y"], [1.0, 1.0]) == ["x", "y"]
+
+
+def test_proportional_order_scales_a_shape_as_webster_does() -> None:
+    sites = {"a": Site(1, 1), "b": Site(1, 1), "c": Site(1, 1)}
+    largest = RankPlan.uniform(sites, 1)
+    largest = RankPlan({name: Site(9, 9) for name in sites}, dict.fromkeys(sites, 9))
+    order = proportional_order({"a": 4.0, "b": 2.0, "c": 0.0}, largest)
+    # (k - 1/2) / w: a at 1/8, 3/8, 5/8, 7/8, 9/8, ...; b at 1/4, 3/4, 5/4, ...
+    assert order[:7] == ["a", "b", "a", "a", "b", "a", "a"]
+    assert "c" not in order
+    assert Counter(order) == {"a": 9, "b": 9}
+    shape = spend(order, largest, 6 * 18)
+    assert dict(shape) == {"a": 4, "b": 2, "c": 0}
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": -1.0}, {"a": 1.0, "b": math.nan}])
+def test_proportional_order_refuses_other_weights(weights: dict[str, float]) -> None:
+    largest = RankPlan({"a": Site(4, 4), "b": Site(4, 4)}, {"a": 2, "b": 2})
+    with pytest.raises(PlanError, match="weight"):
+        proportional_order(weights, largest)

@@ -38,7 +38,7 @@ KEYS = {
     "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "backbone_fingerprint", "strategy",
     "seed", "metrics",
     "selection_metrics", "params", "adapter_bytes", "ranks", "seconds", "examples_per_second", "peak_memory_bytes",
-    "steps", "config_hash", "git", "versions", "hardware", "notes",
+    "steps", "compute", "retrain", "config_hash", "git", "versions", "hardware", "notes",
 }  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def test_result_has_the_fields_of_the_schema() -> None:
     assert data["schema"] == 1
     assert set(data["metrics"]) == {"primary", "value", "all"}
     assert set(data["params"]) == {"adapter", "extra", "head", "peak_trainable", "budget", "backbone"}
+    assert set(data["compute"]) == {"fit_steps", "retrain_steps", "plans_measured"}
     assert set(data["seconds"]) == {"total", "earlier", "fit", "select", "retrain", "evaluate"}
     assert set(data["git"]) == {"commit", "dirty"}
 

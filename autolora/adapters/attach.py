@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from autolora.adapters.gates import FixedGate, Gate, SelectorGate
+from autolora.adapters.gates import FixedGate, Gate, LearnedGate
 from autolora.adapters.layer import Init, LoRALinear
 from autolora.adapters.linear_like import site_of
 from autolora.adapters.select import Targets, match_modules, match_ranks, select, under
@@ -143,7 +143,7 @@ class Adapters:
                 self.remove(name)
                 continue
             rank = min(known[name], layer.rank)
-            if f"{name}.gate.mask" in state and (rank < layer.rank or isinstance(layer.gate, SelectorGate)):
+            if f"{name}.gate.mask" in state and (rank < layer.rank or isinstance(layer.gate, LearnedGate)):
                 layer.lora_A = nn.Parameter(layer.lora_A.detach()[:rank].clone())
                 layer.lora_B = nn.Parameter(layer.lora_B.detach()[:, :rank].clone())
                 layer.gate = FixedGate(rank).to(layer.lora_A.device)
@@ -199,6 +199,15 @@ class Adapters:
         for name, layer in self.layers.items():
             layer.fix_gate(masks.get(name, torch.zeros(layer.rank)))
 
+    def keep_first(self, plan: RankPlan) -> None:
+        """Fix the gates so that each module uses only its first components, as many as the plan says.
+
+        Raises:
+            PlanError: if the plan gives a module more components than it has.
+        """
+        self._check(plan)
+        self.fix_gates({name: _first(layer, plan[name]) for name, layer in self.layers.items()})
+
     @contextmanager
     def masked(self, plan: RankPlan) -> Iterator[None]:
         """Inside this context each module uses only its first components, as many as the plan says.
@@ -208,19 +217,21 @@ class Adapters:
         Raises:
             PlanError: if the plan gives a module more components than it has.
         """
-        lacking = [name for name, rank in plan.items() if rank > (self.layers[name].rank if name in self.layers else 0)]
-        if lacking:
-            raise PlanError(f"the plan has more components than are attached at {', '.join(lacking[:5])}")
+        self._check(plan)
         gates = {name: layer.gate for name, layer in self.layers.items()}
         with self._unmerged():
             try:
                 for name, layer in self.layers.items():
-                    mask = (torch.arange(layer.rank) < plan[name]).float()
-                    layer.gate = FixedGate(layer.rank, mask).to(layer.lora_A.device)
+                    layer.gate = FixedGate(layer.rank, _first(layer, plan[name])).to(layer.lora_A.device)
                 yield
             finally:
                 for name, layer in self.layers.items():
                     layer.gate = gates[name]
+
+    def _check(self, plan: RankPlan) -> None:
+        lacking = [name for name, rank in plan.items() if rank > (self.layers[name].rank if name in self.layers else 0)]
+        if lacking:
+            raise PlanError(f"the plan has more components than are attached at {', '.join(lacking[:5])}")
 
     # The whole model -------------------------------------------------------------------------------------------------
 
@@ -385,6 +396,11 @@ def _trained_biases(
     named = [(*name.rpartition("."), p) for name, p in model.named_parameters()]
     biases = [(owner, p) for owner, _, own, p in named if own == "bias" or own.endswith("_bias")]
     return [p for owner, p in biases if not under(owner, fully_trained) and (bias == "all" or owner in adapted)]
+
+
+def _first(layer: LoRALinear, rank: int) -> Tensor:
+    """A 0/1 mask of the first components."""
+    return (torch.arange(layer.rank) < rank).float()
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -7,6 +7,7 @@ for "all ones", so that an ungated adapter pays nothing for having a gate.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -73,7 +74,86 @@ class FixedGate(nn.Module):
         return self.mask
 
 
-class SelectorGate(nn.Module):
+class LearnedGate(nn.Module, ABC):
+    """Base of gates that are learned, until :meth:`fix` makes one a fixed 0/1 mask, and :meth:`learn` again.
+
+    The state dict says which of the two it is.
+
+    Args:
+        rank: number of components r.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.fixed = FixedGate(rank)
+        self.learning = True
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """What a component is multiplied with while the gate learns, without noise or threshold, shape ``(r,)``."""
+
+    @abstractmethod
+    def learned_evaluation_gate(self) -> Tensor:
+        """The gate that evaluation applies while the gate learns, shape ``(r,)``."""
+
+    def fix(self, mask: Tensor) -> None:
+        """Stop learning and gate with this 0/1 mask.
+
+        Raises:
+            ValueError: if the mask has not the shape ``(r,)``.
+        """
+        self.fixed.set_mask(mask)
+        self.learning = False
+
+    def learn(self) -> None:
+        """Gate with what is learned, and let it learn."""
+        self.learning = True
+
+    def remaining(self) -> Tensor | None:
+        """Indices of the components that a fixed mask leaves on; ``None`` for all, and while the gate learns."""
+        return None if self.learning else self.fixed.remaining()
+
+    def evaluation_gate(self) -> Tensor:
+        """The gate that evaluation applies, shape ``(r,)``."""
+        return self.learned_evaluation_gate() if self.learning else self.fixed.evaluation_gate()
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the gate learns, for the state dict."""
+        return torch.tensor(self.learning)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take back what :meth:`get_extra_state` gave."""
+        self.learning = bool(state)
+
+
+class ScaleGate(LearnedGate):
+    """One learned real number for each component: a singular value (AdaLoRA), or a gate that is shrunk (SoRA).
+
+    A component whose number is exactly 0 is off at evaluation, and comes back when the number moves.
+
+    Args:
+        rank: number of components r.
+        init: initial number of every component.
+    """
+
+    def __init__(self, rank: int, init: float = 0.0) -> None:
+        super().__init__(rank)
+        self.values = nn.Parameter(torch.full((rank,), float(init)))
+
+    def value(self) -> Tensor:
+        """The numbers."""
+        return self.values
+
+    def learned_evaluation_gate(self) -> Tensor:
+        """The numbers, without their graph."""
+        return self.values.detach()
+
+    def forward(self) -> Tensor | None:
+        """The gate g, shape ``(r,)``."""
+        return self.values if self.learning else self.fixed()
+
+
+class SelectorGate(LearnedGate):
     r"""Learned selectors: one logit :math:`\theta_i` for each rank-1 component.
 
     In training, with :math:`\sigma` the logistic function and :math:`\tau` the temperature:
@@ -98,9 +178,6 @@ class SelectorGate(nn.Module):
     (:math:`\sigma(\theta)` for straight_through) is above ``threshold``, and one that is above keeps this value (1 for
     straight_through), so that the scale of the output does not jump when training ends.
 
-    A selector learns from the start; :meth:`fix` makes it a fixed 0/1 mask, and :meth:`learn` a selector again. The
-    state dict says which of the two it is.
-
     Args:
         rank: number of components r.
         form: one of the forms above.
@@ -124,7 +201,7 @@ class SelectorGate(nn.Module):
         init: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(rank)
         if form not in SELECTOR_FORMS:
             raise ValueError(f"selector form: expected one of {', '.join(SELECTOR_FORMS)}, got {form!r}")
         if tau <= 0:
@@ -135,8 +212,6 @@ class SelectorGate(nn.Module):
         self.threshold = threshold if threshold is not None else (equal_share if form in _SIMPLEX_FORMS else 0.5)
         self.generator = generator
         self.logits = nn.Parameter(torch.full((rank,), float(init)))
-        self.fixed = FixedGate(rank)
-        self.learning = True
 
     @property
     def elementwise(self) -> bool:
@@ -166,27 +241,8 @@ class SelectorGate(nn.Module):
         level = self.value(logits) if self.form == "hard_concrete" else self.probability(logits)
         return level > self.threshold
 
-    def fix(self, mask: Tensor) -> None:
-        """Stop learning and gate with this 0/1 mask.
-
-        Raises:
-            ValueError: if the mask has not the shape ``(r,)``.
-        """
-        self.fixed.set_mask(mask)
-        self.learning = False
-
-    def learn(self) -> None:
-        """Gate with the logits, and let them learn."""
-        self.learning = True
-
-    def remaining(self) -> Tensor | None:
-        """Indices of the components that a fixed mask leaves on; ``None`` for all, and while the selector learns."""
-        return None if self.learning else self.fixed.remaining()
-
-    def evaluation_gate(self) -> Tensor:
-        """The gate that evaluation applies, shape ``(r,)``: the noise-free value above the threshold, else 0."""
-        if not self.learning:
-            return self.fixed.evaluation_gate()
+    def learned_evaluation_gate(self) -> Tensor:
+        """The noise-free value above the threshold, else 0."""
         with torch.no_grad():
             return torch.where(self.kept(), self.value(), 0.0)
 
@@ -215,14 +271,6 @@ class SelectorGate(nn.Module):
             return self._stretch(torch.sigmoid(logits))
         return self.probability(logits)
 
-    def get_extra_state(self) -> Tensor:
-        """Whether the selector learns, for the state dict."""
-        return torch.tensor(self.learning)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take back what :meth:`get_extra_state` gave."""
-        self.learning = bool(state)
-
     def _stretch(self, sample: Tensor) -> Tensor:
         if self.form != "hard_concrete":
             return sample
@@ -234,4 +282,4 @@ class SelectorGate(nn.Module):
         return draw.clamp(eps, 1 - eps).to(self.logits.device)
 
 
-Gate = FixedGate | SelectorGate
+Gate = FixedGate | LearnedGate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autolora.adapters.function import Adapted, adapted_linear
-from autolora.adapters.gates import FixedGate, Gate, SelectorGate
+from autolora.adapters.gates import FixedGate, Gate, LearnedGate
 from autolora.adapters.linear_like import is_conv1d, site_of, weight_is_transposed
 from autolora.adapters.shared import SharedInput
 from autolora.errors import TargetError
@@ -213,13 +213,13 @@ class LoRALinear(nn.Module):
     def fix_gate(self, mask: Tensor) -> None:
         """Gate with this 0/1 mask from now on.
 
-        What a learning selector multiplies a component with goes into B, so that the components that stay keep their
+        What a learning gate multiplies a component with goes into B, so that the components that stay keep their
         scale.
 
         Raises:
             ValueError: if the mask has not the shape ``(r,)``.
         """
-        if not isinstance(self.gate, SelectorGate):
+        if not isinstance(self.gate, LearnedGate):
             self.gate.set_mask(mask)
             return
         value = self.gate.value() if self.gate.learning else None

@@ -1,13 +1,12 @@
 """Ways to choose ranks: one idea a file, behind the interface of :mod:`autolora.strategies.base`.
 
-A strategy is found by its name: ``strategy=NAME`` is the module ``autolora.strategies.NAME``, which has a pydantic
-model ``Options`` and one subclass of :class:`~autolora.strategies.base.Strategy`; ``conf/strategy/NAME.yaml`` holds its
-defaults.
+A strategy is found by its name: ``strategy=NAME`` is the module ``autolora.strategies.NAME`` (or, for those that try
+many plans, ``autolora.search.NAME``), which has a pydantic model ``Options`` and one subclass of
+:class:`~autolora.strategies.base.Strategy`; ``conf/strategy/NAME.yaml`` holds its defaults.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,15 +14,16 @@ from pydantic import BaseModel
 from autolora.errors import ConfigError
 from autolora.plan import Budget
 from autolora.strategies.base import Strategy
+from autolora.validate import strategy_module
 
 
 def make_strategy(name: str, options: BaseModel, *, budget: Budget, max_rank: int) -> Strategy[Any]:
     """The strategy of this name.
 
     Raises:
-        ConfigError: if its module does not define exactly one strategy.
+        ConfigError: if there is no such module, or it does not define exactly one strategy.
     """
-    module = importlib.import_module(f"autolora.strategies.{name}")
+    module = strategy_module(name)
     found = [
         value
         for value in vars(module).values()

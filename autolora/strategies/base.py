@@ -9,7 +9,7 @@ loop owns data, weights and time, and calls, in this order::
     strategy.begin(total_steps, optimizer)
     for every batch of training:
         strategy.heldout_step(batch, heldout, loss_fn) # only if wants_heldout, once per optimizer step
-        loss = loss_fn(model, batch)
+        loss = strategy.training_loss(model, batch, loss_fn)
         (loss + strategy.penalty(loss)).backward()     # without a penalty where it is None
         strategy.after_backward()                      # every gradient of the step is there
         optimizer.step(); strategy.after_step(step, optimizer)
@@ -63,11 +63,15 @@ class GroupRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of adapters (A and B), gates (selector logits) and head (fully trained modules)."""
+    """Learning rates of adapters (A and B), gates (selector logits) and head (fully trained modules).
+
+    The rate of B is ``loraplus_lr_ratio`` times that of A (LoRA+: Hayou, Ghosh & Yu, ICML 2024, section 4).
+    """
 
     adapter: GroupRates
     gate: GroupRates
     head: GroupRates
+    loraplus_lr_ratio: float = 1.0
 
 
 OptionsT = TypeVar("OptionsT", bound=StrategyOptions)
@@ -84,13 +88,15 @@ class Strategy(Generic[OptionsT]):
     Attributes:
         largest: the plan of maximum ranks, from :meth:`attach` on.
         allowance: the budget in parameters, ``None`` without one, from :meth:`attach` on.
-        adapters: the adapters, from :meth:`attach` on.
+        model: what :meth:`attach` was given.
+        adapters: the adapters, from :meth:`attach` on; ``adapters.model`` is the model to train.
     """
 
     Options: ClassVar[type[StrategyOptions]]
     wants_heldout: ClassVar[bool] = False
     largest: RankPlan
     allowance: int | None
+    model: nn.Module
     adapters: Adapters
 
     def __init__(self, options: OptionsT, *, budget: Budget, max_rank: int) -> None:
@@ -104,6 +110,7 @@ class Strategy(Generic[OptionsT]):
         """Put adapters into the model: the ranks of :meth:`initial_plan`, the gates of :meth:`make_gate`."""
         from autolora.adapters import attach, find_sites, largest_plan
 
+        self.model = model
         self.largest = largest_plan(find_sites(model, settings), settings, self.max_rank)
         self.allowance = self.budget.resolve(self.largest)
         self.adapters = attach(model, settings, self.initial_plan(), self.make_gate)
@@ -128,10 +135,17 @@ class Strategy(Generic[OptionsT]):
     def param_groups(self, rates: Rates, total_steps: int) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer: ``adapter`` and ``head``, each with its learning rate and decay.
 
-        A group with ``"constant": True`` keeps its learning rate; the others follow the run's schedule.
+        B has a group of its own, ``adapter_b``, where its rate is another. A group with ``"constant": True`` keeps its
+        learning rate; the others follow the run's schedule.
         """
+        adapter, faster = self.adapters.adapter_parameters(), []
+        if rates.loraplus_lr_ratio != 1:
+            faster = [layer.lora_B for layer in self.adapters.layers.values()]
+            adapter = [p for p in adapter if all(p is not b for b in faster)]
+        fast = vars(rates.adapter) | {"lr": (rates.adapter.lr or 0.0) * rates.loraplus_lr_ratio}
         groups = [
-            {"name": "adapter", "params": self.adapters.adapter_parameters(), **vars(rates.adapter)},
+            {"name": "adapter", "params": adapter, **vars(rates.adapter)},
+            {"name": "adapter_b", "params": faster, **fast},
             {"name": "head", "params": self.adapters.head_parameters(), **vars(rates.head)},
         ]
         return [group for group in groups if group["params"]]
@@ -143,6 +157,10 @@ class Strategy(Generic[OptionsT]):
 
     def heldout_step(self, batch: Batch, heldout: Batch, loss_fn: LossFn) -> None:
         """Learn from a held-out batch before the step on ``batch``; called only if ``wants_heldout``."""
+
+    def training_loss(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+        """The loss of a batch that training descends; strategies that train several plans at once average theirs."""
+        return loss_fn(model, batch)
 
     def penalty(self, loss: Tensor) -> Tensor | None:
         """A regulariser to add to the training loss ``loss``, or ``None``; never part of a loss that is reported."""
@@ -182,6 +200,22 @@ class Strategy(Generic[OptionsT]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
+
+
+class Planned(Strategy[OptionsT]):
+    """Base class of strategies whose ranks are known before training: all they have to say is :meth:`plan`."""
+
+    def plan(self) -> RankPlan:
+        """The ranks, within the budget; :attr:`model` is there, without adapters, and so is :attr:`largest`."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which ranks to train at: implement plan()")
+
+    def initial_plan(self) -> RankPlan:
+        """The plan."""
+        return self.plan()
+
+    def finalize(self, evaluate: Evaluate) -> RankPlan:
+        """The plan it began with."""
+        return self.adapters.active_plan()
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:

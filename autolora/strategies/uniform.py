@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from autolora.plan import RankPlan, even_order, spend
-from autolora.strategies.base import Evaluate, Strategy, StrategyOptions
+from autolora.strategies.base import Planned, StrategyOptions
 
 
 class Options(StrategyOptions):
     """Uniform ranks have no options: the budget says it all."""
 
 
-class Uniform(Strategy[Options]):
+class Uniform(Planned[Options]):
     """The same rank everywhere, as large as the budget allows; ``max_rank`` without a budget.
 
     What is left of a budget that no whole rank spends buys one more component for modules spread evenly over the depth.
@@ -18,10 +18,6 @@ class Uniform(Strategy[Options]):
 
     Options = Options
 
-    def initial_plan(self) -> RankPlan:
-        """The plan is fixed before training."""
+    def plan(self) -> RankPlan:
+        """Whole levels while they fit, then single components."""
         return spend(even_order(self.largest), self.largest, self.allowance)
-
-    def finalize(self, evaluate: Evaluate) -> RankPlan:
-        """The plan it began with."""
-        return self.adapters.active_plan()

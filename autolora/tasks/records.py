@@ -30,6 +30,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.text_a)
 
+    def __add__(self, other: Split) -> Split:
+        """The rows of both."""
+        return Split(
+            text_a=self.text_a + other.text_a,
+            text_b=None if self.text_b is None or other.text_b is None else self.text_b + other.text_b,
+            labels=[*self.labels, *other.labels],
+            ids=self.ids + other.ids,
+        )
+
     def take(self, rows: Sequence[int]) -> Split:
         """The rows at these positions, in this order."""
         return Split(

@@ -20,15 +20,16 @@ from autolora.training.module import AdapterModule
 class History(pl.Callback):
     """Writes ``history.csv``: a row every ``every`` steps, at once, and the same numbers to the logger.
 
-    A fit that is resumed goes on with the file as it was at the checkpoint.
+    A fit that is resumed goes on with the file as it was at the checkpoint. A second training has a file of its own,
+    and counts its steps to the logger from ``logged_before`` on.
 
     Columns: step, epoch, seconds of training, mean training loss since the last row, held-out score (where one was
     just measured), parameters and components that are active, learning rates, what the strategy reports, and the rank
     of every module.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, every: int, logged_before: int = 0) -> None:
+        self.path, self.every, self.logged_before = path, every, logged_before
         self.latest: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._written_at = -1
@@ -105,8 +106,9 @@ class History(pl.Callback):
         }
         self._losses, self._written_at = [], module.steps_done
         self.latest = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        step = self.logged_before + module.steps_done
         for logger in trainer.loggers:
-            logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=module.steps_done)
+            logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=step)
         row |= {f"rank:{name}": rank for name, rank in plan.items()}
         text = io.StringIO(newline="")
         writer: csv.DictWriter[str] = csv.DictWriter(text, fieldnames=self._header or list(row))

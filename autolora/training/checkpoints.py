@@ -85,6 +85,14 @@ def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
+def discard(folder: Path) -> None:
+    """Delete the checkpoints of a run that is complete, and their folder."""
+    for path in _by_age(folder):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
 def _by_age(folder: Path) -> list[Path]:
     """The youngest first; the step is in the name."""
     return sorted(folder.glob(f"step-*{_SUFFIX}"), reverse=True)
@@ -290,13 +298,6 @@ class Checkpoints(pl.Callback):
             for counts in (progress["total"], progress["current"]):
                 counts["ready"] = counts["completed"]
             progress["is_last_batch"] = False
-
-    def discard(self) -> None:
-        """Delete the checkpoints: the run is complete."""
-        for path in _by_age(self.folder):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # something else is in it
-            self.folder.rmdir()
 
     def _decide(self, trainer: pl.Trainer, step: int) -> tuple[int | None, bool]:
         """The signal to stop for, and whether a checkpoint is due: as the first process sees it."""

@@ -138,7 +138,7 @@ class AdapterModule(pl.LightningModule):
         Raises:
             NonFiniteLossError: if the task loss is NaN or infinite.
         """
-        loss = self.problem.loss(self.model, batch)
+        loss = self.strategy.training_loss(self.model, batch, self.problem.loss)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss became {float(loss.detach())} at step {self.steps_done + 1}; the last good state "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -73,9 +74,9 @@ class PlantedRegression(Problem):
         self.batch_size, self.eval_size, self.seed = batch_size, eval_size, seed
         self.default_budget = Budget(params=pair.true_plan.params)
 
-    def build(self) -> None:
-        """Take the student, and measure what it is worth without adapters."""
-        self.model = self.pair.student
+    def build(self, *, all_rows: bool = False) -> None:
+        """Take a student, and measure what it is worth without adapters; every batch is fresh, so all rows are."""
+        self.model = copy.deepcopy(self.pair.student)
         self.datamodule = FreshData(FreshBatches(self.pair, self.batch_size, self.seed), self._rows("heldout"))
         with torch.no_grad():
             batch = self._rows("dev")

@@ -94,8 +94,11 @@ class Problem(ABC):
         return range(rows)
 
     @abstractmethod
-    def build(self) -> None:
-        """Load what is heavy: the model and the batches."""
+    def build(self, *, all_rows: bool = False) -> None:
+        """Load what is heavy: the model and the batches; each time afresh, and the same.
+
+        ``all_rows``: fit the held-out rows too.
+        """
 
     @abstractmethod
     def heldout_batches(self, start: int = 0) -> Iterable[Batch]:

@@ -76,7 +76,7 @@ class TextProblem(Problem):
         self.settings = settings
         self._weights = dict(weights)
 
-    def build(self) -> None:
+    def build(self, *, all_rows: bool = False) -> None:
         """Load the pretrained model and make the batches."""
         settings = self.settings
         self.pretrained: Backbone = load_backbone(
@@ -88,8 +88,11 @@ class TextProblem(Problem):
         self.model = self.pretrained.model
         if self.task.regression:
             centre_head(self.model, float(statistics.fmean(self.splits[FIT].labels)))
+        splits = self.splits
+        if all_rows:
+            splits = splits | {FIT: splits[FIT] + splits[HELDOUT]}
         self.datamodule: TextDataModule = TextDataModule(
-            self.splits,
+            splits,
             self.pretrained.tokenizer,
             batch_size=settings.batch_size,
             eval_batch_size=settings.eval_batch_size,

@@ -1,0 +1,66 @@
+"""Plans to train again at after a selection: the one that was found, and what it has to be compared with.
+
+Training afresh at the found ranks, at the same ranks in other places, and at uniform ranks of the same cost tells ranks
+and training dynamics apart: if the permuted plan does as well as the found one, it was not the ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Literal
+
+from autolora.plan import Budget, RankPlan, even_order, spend
+from autolora.strategies.base import Planned, StrategyOptions
+
+Control = Literal["found", "permuted", "uniform"]
+
+
+class NoOptions(StrategyOptions):
+    """The plan says it all."""
+
+
+class AtPlan(Planned[NoOptions]):
+    """Trains at ranks that were found, or at a control of equal cost (:func:`control_plan`).
+
+    Args:
+        found: rank by module.
+        control: which plan.
+        seed: of a permutation.
+        budget: of the run.
+        max_rank: the largest rank of any module.
+    """
+
+    Options = NoOptions
+
+    def __init__(self, found: Mapping[str, int], control: Control, seed: int, *, budget: Budget, max_rank: int) -> None:
+        super().__init__(NoOptions(), budget=budget, max_rank=max_rank)
+        self.found, self.control, self.seed = dict(found), control, seed
+
+    def plan(self) -> RankPlan:
+        """The control."""
+        return control_plan(self.control, RankPlan(self.largest.sites, self.found), self.seed)
+
+
+def control_plan(control: Control, found: RankPlan, seed: int) -> RankPlan:
+    """The plan of a control; all cost the same as ``found``, uniform ranks at most so much.
+
+    ``found`` is the plan itself. ``permuted`` hands the ranks out at random among modules of the same widths.
+    ``uniform`` is the same rank everywhere, the rest spread evenly over the depth.
+
+    Args:
+        control: which.
+        found: what a strategy has selected.
+        seed: of the permutation.
+    """
+    if control == "found":
+        return found
+    if control == "uniform":
+        highest = RankPlan.uniform(found.sites, max(site.full_rank for site in found.sites.values()))
+        return spend(even_order(highest), highest, found.params)
+    draw = random.Random(seed)
+    ranks = dict(found)
+    for shape in sorted({(site.cost, site.full_rank) for site in found.sites.values()}):
+        names = [name for name, site in found.sites.items() if (site.cost, site.full_rank) == shape]
+        ranks |= {name: found[other] for name, other in zip(names, draw.sample(names, len(names)), strict=True)}
+    return RankPlan(found.sites, ranks)

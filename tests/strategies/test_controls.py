@@ -1,0 +1,44 @@
+"""Plans to train again at: what they cost, and what they keep."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autolora.plan import RankPlan, Site
+from autolora.strategies.controls import control_plan
+
+SITES = {"q": Site(8, 8), "k": Site(8, 8), "v": Site(8, 8), "up": Site(8, 32), "down": Site(32, 8), "odd": Site(20, 20)}
+RANKS = st.fixed_dictionaries({name: st.integers(0, 8) for name in SITES})
+
+
+@given(RANKS, st.integers(0, 5))
+def test_a_permuted_plan_costs_the_same_and_stays_among_equal_modules(ranks: dict[str, int], seed: int) -> None:
+    found = RankPlan(SITES, ranks)
+    permuted = control_plan("permuted", found, seed)
+    assert permuted.params == found.params
+    for group in (("q", "k", "v"), ("up", "down"), ("odd",)):
+        assert Counter(permuted[name] for name in group) == Counter(found[name] for name in group)
+
+
+def test_permutations_differ_between_seeds_and_not_within() -> None:
+    found = RankPlan(SITES, {"q": 1, "k": 2, "v": 3, "up": 4, "down": 5, "odd": 6})
+    plans = [tuple(control_plan("permuted", found, seed).values()) for seed in range(60)]
+    assert len(set(plans)) == 12  # 3! orders of q, k, v times 2 of up, down
+    assert plans == [tuple(control_plan("permuted", found, seed).values()) for seed in range(60)]
+
+
+@given(RANKS)
+def test_a_uniform_plan_costs_at_most_as_much_and_nothing_cheaper_fits(ranks: dict[str, int]) -> None:
+    found = RankPlan(SITES, ranks)
+    uniform = control_plan("uniform", found, 0)
+    slack = found.params - uniform.params
+    assert slack >= 0
+    assert all(slack < site.cost or uniform[name] == site.full_rank for name, site in SITES.items())
+
+
+def test_the_found_plan_is_itself() -> None:
+    found = RankPlan(SITES, {"q": 3})
+    assert control_plan("found", found, 0) is found
