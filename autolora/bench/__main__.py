@@ -10,12 +10,12 @@ from typing import get_args
 
 from autolora.bench import settings as options
 from autolora.bench.report import Row, Suite, machine, read_report, write_report
-from autolora.bench.settings import RunSettings, StepsSettings, TableSettings, read_command_line
+from autolora.bench.settings import AnySettings, RunSettings, StrategiesSettings, TableSettings, read_command_line
 from autolora.bench.tables import line, markdown
 from autolora.errors import AutoLoRAError, ConfigError
 
 _HELP = f"""\
-usage: python -m autolora.bench [suite=steps|run] [key=value ...]
+usage: python -m autolora.bench [suite=steps|run|strategies] [key=value ...]
 
 Measure this project beside PEFT, print what comes out, and write it to bench.json.
 
@@ -37,7 +37,13 @@ suite=run: whole runs from process start to the final metric, each in a process 
   data.dir=DIR           GLUE's TSV files; embedded data where this is left out. data.max_train=N, data.batch_size=32
   imports=true           where the time of the imports goes, too
 
-Both: out=bench.json (the other suite's part of the file stays), backbone=minilm, backbone.path=DIR, seed=0,
+suite=strategies: what every strategy spends on itself, as a share of a step, and how that grows with the modules
+  rounds=3 steps=100     runs of each, and their length
+  shape=32x32            of the step that it is a share of
+  modules=100,1000       of the chains that tell how it grows
+  only=NAME,...          names of strategies
+
+All: out=bench.json (the other suites' part of the file stays), backbone=minilm, backbone.path=DIR, seed=0,
 clock=wall (or cpu: processor time, for a machine that is busy with other things)
 
 table=FILE: print the tables of a bench.json as Markdown
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
-def _execute(settings: StepsSettings | RunSettings | TableSettings) -> None:
+def _execute(settings: AnySettings) -> None:
     if isinstance(settings, TableSettings):
         print(markdown(read_report(settings.table)), end="")
         return
@@ -78,21 +84,30 @@ def _execute(settings: StepsSettings | RunSettings | TableSettings) -> None:
         read_report(settings.out)  # what cannot be kept is said before anything is measured
     gpu, threads, measured = _prepare(settings)
     place = machine(gpu, threads)
-    rows = []
+    asked = settings.model_dump(mode="json", exclude={"out"})
+    rows: list[Row] = []
     for row in measured:
         print(line(row), flush=True)
         rows.append(row)
-    suite = Suite(settings=settings.model_dump(mode="json", exclude={"out"}), machine=place, rows=tuple(rows))
-    write_report(settings.out, settings.suite, suite)
+        write_report(settings.out, settings.suite, Suite(settings=asked, machine=place, rows=tuple(rows)))
+    if not rows:
+        raise ConfigError("nothing was measured: expected names in only= that belong to the parts")
     print(f"written: {settings.out}")
 
 
-def _prepare(settings: StepsSettings | RunSettings) -> tuple[str | None, int | None, Iterator[Row]]:
+def _prepare(settings: options.Settings) -> tuple[str | None, int | None, Iterator[Row]]:
     """The accelerator in use, torch's threads where this process is what is measured, and the rows to come."""
     if isinstance(settings, RunSettings):
         from autolora.bench.runs import run_suite
 
         return None, None, run_suite(settings)
+    if isinstance(settings, StrategiesSettings):
+        import torch
+
+        from autolora.bench.bookkeeping import strategies_suite
+
+        return None, torch.get_num_threads(), strategies_suite(settings)
+    assert isinstance(settings, options.StepsSettings)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which measures memory, notes its start and stop
     import torch
 

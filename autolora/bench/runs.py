@@ -84,8 +84,10 @@ def run_suite(settings: RunSettings) -> Iterator[Row]:
 
         def run(name: str) -> None:
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                began = time.perf_counter()
                 commands[name].run(Path(folder))
                 outcomes[name].append(commands[name].outcome(Path(folder)))
+                print(f"  {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
         turns = {name: (lambda name=name: run(name)) for name in commands}
         times = take_turns(

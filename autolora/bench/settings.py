@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 from autolora.config import BackboneConfig, Count, DataConfig, PathLike, Section, Whole
 from autolora.errors import ConfigError
+from autolora.paths import config_root
 from autolora.validate import parse
 
 Training = Literal[
@@ -21,8 +22,10 @@ Forward = Literal["bare", "merged", "compact", "peft-pattern"]
 Once = Literal["attach-uniform8", "attach-autolora16", "attach-peft8", "attach-peft16", "select-autolora16"]
 Run = Literal["uniform8", "autolora8", "peft8-usual", "peft8-best"]
 Part = Literal["train", "evaluate", "memory", "once"]
-Suite = Literal["steps", "run"]
+Suite = Literal["steps", "run", "strategies"]
 Name = TypeVar("Name", bound=str)
+WITHOUT_BOOKKEEPING = ("head", "bitfit", "full", "prompt", "prefix", "ia3", "manual", "autolora_paper")
+"""Strategies that ``suite=strategies`` leaves out: no ranks, or none without a file or a model of its own."""
 
 
 def _separated(value: Any) -> Any:
@@ -30,6 +33,11 @@ def _separated(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(value)
     return value if value is None else tuple(str(value).split(","))
+
+
+def _numbers(value: Any) -> Any:
+    """``a,b`` means the same as ``[a,b]``, in whole numbers."""
+    return tuple(int(text) for text in value.split(",")) if isinstance(value, str) else value
 
 
 def _shapes(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -100,13 +108,39 @@ class RunSettings(Settings):
         return [name for name in get_args(Run) if self.only is None or name in self.only]
 
 
+class StrategiesSettings(Settings):
+    """``suite=strategies``."""
+
+    rounds: Count = 3
+    steps: Count = 100
+    reference_steps: Count = 10
+    shape: Annotated[str, AfterValidator(lambda text: _shapes((text,))[0])] = "32x32"
+    modules: Annotated[tuple[Count, ...], Len(2, 2), BeforeValidator(_numbers)] = (100, 1000)
+    only: Annotated[tuple[str, ...] | None, BeforeValidator(_separated)] = None
+
+    def chosen(self) -> list[str]:
+        """The strategies that are to be measured: those with a budget.
+
+        Raises:
+            ConfigError: if one does not exist.
+        """
+        names = sorted(path.stem for path in (config_root() / "strategy").glob("*.yaml"))
+        unknown = [name for name in self.only or () if name not in names]
+        if unknown:
+            raise ConfigError(f"only={','.join(unknown)}: expected strategies among {', '.join(names)}")
+        return [name for name in names if name not in WITHOUT_BOOKKEEPING] if self.only is None else list(self.only)
+
+
 class TableSettings(Section):
     """``table=FILE``."""
 
     table: PathLike
 
 
-def read_command_line(arguments: list[str]) -> StepsSettings | RunSettings | TableSettings:
+AnySettings = StepsSettings | RunSettings | StrategiesSettings | TableSettings
+
+
+def read_command_line(arguments: list[str]) -> AnySettings:
     """The settings that a command line asks for.
 
     Raises:
@@ -118,8 +152,10 @@ def read_command_line(arguments: list[str]) -> StepsSettings | RunSettings | Tab
         model = TableSettings
     elif "suite=run" in arguments:
         model = RunSettings
+    elif "suite=strategies" in arguments:
+        model = StrategiesSettings
     settings = parse(model, arguments)
-    assert isinstance(settings, StepsSettings | RunSettings | TableSettings)
+    assert isinstance(settings, AnySettings)
     if isinstance(settings, Settings) and settings.out.is_dir():
         raise ConfigError(f"out={settings.out}: expected a file to write, got a folder")
     return settings

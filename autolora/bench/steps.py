@@ -14,10 +14,11 @@ from autolora.bench.memory import peak_bytes
 from autolora.bench.model import Precision, Subject
 from autolora.bench.report import Part, Row
 from autolora.bench.settings import StepsSettings
+from autolora.errors import ConfigError
 from autolora.strategies.base import Batch
 
 _ROUNDS_OF_ONCE = 10  # every round of these copies a model for each contender
-_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def steps_suite(settings: StepsSettings) -> Iterator[Row]:
@@ -27,6 +28,10 @@ def steps_suite(settings: StepsSettings) -> Iterator[Row]:
         BackboneError: if the model cannot be loaded.
     """
     subject = Subject.load(settings.backbone, device_of(settings))
+    longest = getattr(subject.backbone.model.config, "max_position_embeddings", None)
+    too_long = [shape for shape in settings.shapes if longest is not None and int(shape.partition("x")[2]) > longest]
+    if too_long:
+        raise ConfigError(f"shapes={','.join(too_long)}: the backbone takes at most {longest} tokens")
     for precision in settings.precision or worthwhile_precisions(subject.device):
         for shape in settings.shapes:
             case = Case(subject, settings, shape, precision)
@@ -41,8 +46,14 @@ def steps_suite(settings: StepsSettings) -> Iterator[Row]:
 
 
 def device_of(settings: StepsSettings) -> torch.device:
-    """CUDA where there is one and the settings leave the choice."""
+    """CUDA where there is one and the settings leave the choice.
+
+    Raises:
+        ConfigError: if there is none and the settings ask for it.
+    """
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and automatic == "cpu":
+        raise ConfigError("device=cuda: torch finds no CUDA device here: leave it out, or device=cpu")
     return torch.device(automatic if settings.device == "auto" else settings.device)
 
 
@@ -77,7 +88,7 @@ class Case:
             seed=self.settings.seed,
             before_round=self.draw,
             synchronize=_synchronize(self.subject),
-            clock=_CLOCKS[self.settings.clock],
+            clock=CLOCKS[self.settings.clock],
             max_seconds=self.settings.max_seconds,
         )
 
@@ -147,7 +158,7 @@ def once_rows(subject: Subject, settings: StepsSettings) -> Iterator[Row]:
         seed=settings.seed,
         before_round=prepare,
         synchronize=_synchronize(subject),
-        clock=_CLOCKS[settings.clock],
+        clock=CLOCKS[settings.clock],
     )
     for name in chosen:
         ratios = against(times, name, {"peft": evaluation.ONCE_PEFT_OF.get(name)})

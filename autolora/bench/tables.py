@@ -36,7 +36,14 @@ RUN_LABELS = {
     "peft8-best": "PEFT LoRA r=8 in the Trainer, best: dynamic padding, grouped lengths",
 }
 _TITLES = {"train": "Training step", "evaluate": "Forward pass", "memory": "Peak memory of a training step"}
-_UNITS = {"train": ("ms", 1.0), "evaluate": ("ms", 1.0), "once": ("ms", 1.0), "memory": ("MB", 1e-6), "run": ("s", 1.0)}
+_UNITS = {
+    "train": ("ms", 1.0),
+    "evaluate": ("ms", 1.0),
+    "once": ("ms", 1.0),
+    "memory": ("MB", 1e-6),
+    "run": ("s", 1.0),
+    "bookkeeping": ("ms", 1.0),
+}
 
 
 def markdown(report: Report) -> str:
@@ -46,6 +53,8 @@ def markdown(report: Report) -> str:
         parts += _steps(report.suites["steps"])
     if "run" in report.suites:
         parts += _runs(report.suites["run"])
+    if "strategies" in report.suites:
+        parts += _strategies(report.suites["strategies"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,6 +123,20 @@ def _runs(suite: Suite) -> list[str]:
     return [_table(header, cells), *notes, _place(suite)] if rows else []
 
 
+def _strategies(suite: Suite) -> list[str]:
+    """What a strategy spends on itself."""
+    few, many = suite.settings["modules"]
+    header = [
+        "Bookkeeping of a strategy", "ms a step", f"share of a step at {suite.settings['shape'].replace('x', '×')}",
+        f"a module of {many:,} ÷ a module of {few:,}",
+    ]  # fmt: skip
+    cells = [
+        [row.name, f"{row.value.median:.2f}", f"{row.ratios['step'].median:.1%}", _ratio(row.ratios["growth"])]
+        for row in suite.rows
+    ]
+    return [_table(header, cells), _place(suite)]
+
+
 def _imports(row: Row) -> str:
     most = ", ".join(f"{name} {value:.1f}" for name, value in row.imports.items() if name != "all")
     return f"Imports of {RUN_LABELS[row.name].replace('**', '')}: {row.imports['all']:.1f} s, of which {most}."
@@ -147,8 +170,10 @@ def _place(suite: Suite) -> str:
     commit = (git["commit"] or "unknown")[:10] + (" with changes" if git["dirty"] else "")
     clock = "CPU time, " if suite.settings.get("clock") == "cpu" else ""
     threads = f"{machine['threads']} threads, " if machine["threads"] else ""
+    counts = sorted({row.rounds for row in suite.rows if row.part != "memory"}) or [1]  # memory repeats exactly
+    rounds = "1 round" if counts == [1] else f"{' to '.join(str(n) for n in sorted({counts[0], counts[-1]}))} rounds"
     return (
         f"{machine['date'][:10]}, {hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, {threads}"
-        f"load {(machine['load_average_before'] or ['unknown'])[0]} before; {clock}{suite.settings['rounds']} rounds; "
+        f"load {(machine['load_average_before'] or ['unknown'])[0]} before; {clock}{rounds}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}; commit {commit}."
     )
