@@ -1,0 +1,1 @@
+"""Numbers about matrices and activations: pure functions on tensors. torch only."""
