@@ -3,7 +3,7 @@
 from autolora.adapters.attach import Adapters, AdapterSettings, attach, find_sites, largest_plan
 from autolora.adapters.canonical import canonicalize, singular_values
 from autolora.adapters.compact import compact
-from autolora.adapters.gates import FixedGate, Gate, LearnedGate, ScaleGate, SelectorGate
+from autolora.adapters.gates import FixedGate, Gate, LearnedGate, PrefixGate, ScaleGate, SelectorGate
 from autolora.adapters.layer import LoRALinear
 from autolora.adapters.select import Targets
 
@@ -14,6 +14,7 @@ __all__ = [
     "Gate",
     "LearnedGate",
     "LoRALinear",
+    "PrefixGate",
     "ScaleGate",
     "SelectorGate",
     "Targets",

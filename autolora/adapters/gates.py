@@ -74,6 +74,42 @@ class FixedGate(nn.Module):
         return self.mask
 
 
+class PrefixGate(FixedGate):
+    """A 0/1 mask at evaluation, and in training the first components alone, as many as :meth:`first` was told last.
+
+    How many is never asked of the device, so that it can be another number at every step. :meth:`set_mask` ends it: the
+    mask then holds in training too.
+
+    Args:
+        rank: number of components r.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self._first: Tensor | None = None
+
+    def first(self, count: int) -> None:
+        """Train the first ``count`` components, from 1 to r; the mask is for evaluation."""
+        self._first = torch.arange(count, device=self.mask.device)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask, for training and evaluation."""
+        super().set_mask(mask)
+        self._first = None
+
+    def remaining(self) -> Tensor | None:
+        """Indices of the components that are on, or ``None`` when all are."""
+        if self._first is None or not self.training:
+            return super().remaining()
+        return None if len(self._first) == len(self.mask) else self._first
+
+    def forward(self) -> Tensor | None:
+        """What :meth:`remaining` says as a mask, or ``None`` when it is all ones."""
+        if self._first is None or not self.training:
+            return super().forward()
+        return (torch.arange(len(self.mask), device=self.mask.device) < len(self._first)).to(self.mask.dtype)
+
+
 class LearnedGate(nn.Module, ABC):
     """Base of gates that are learned, until :meth:`fix` makes one a fixed 0/1 mask, and :meth:`learn` again.
 

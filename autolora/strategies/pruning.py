@@ -1,0 +1,79 @@
+"""What strategies share that score trained components and keep the best."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from autolora.plan import RankPlan, even_order, spend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from autolora.adapters import Adapters
+
+
+def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: int | None = None) -> Tensor:
+    """Buy components by descending score while they fit; equal scores are spread evenly over the model.
+
+    Args:
+        plan: the components on offer.
+        scores: one for each of them, module by module in the plan's order, shape ``(components,)``.
+        budget: parameters that may be spent; ``None`` is no limit.
+        most: only so many of the highest scores are on offer.
+
+    Returns:
+        1 for what was bought and 0 for the rest, in the shape, dtype and device of ``scores``, which the host reads in
+        one go.
+    """
+    first: dict[str, int] = {}
+    owners: list[str] = []
+    for name, rank in plan.items():
+        first[name] = len(owners)
+        owners += [name] * rank
+    seen: Counter[str] = Counter()
+    ranked = []
+    for name in even_order(plan):
+        ranked.append(first[name] + seen[name])
+        seen[name] += 1
+    values = scores.tolist()
+    ranked.sort(key=lambda i: -values[i])
+    bought = dict(spend([owners[i] for i in ranked[:most]], plan, budget))
+    mask = [0.0] * len(values)
+    for i in ranked:
+        if bought[owners[i]]:
+            bought[owners[i]] -= 1
+            mask[i] = 1.0
+    return scores.new_tensor(mask)
+
+
+def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> None:
+    """End selection: what is learned of the gates goes into B, and the components outside ``kept`` are removed.
+
+    Where training goes on, B keeps its moments in the optimizer: with ``B <- B diag(g)`` its gradient is divided by g.
+    Several processes have agreed on the shapes of their gradients, and go on with masks; so does a model with nothing
+    left, since a loss needs something that it depends on.
+
+    Args:
+        adapters: with :class:`~autolora.adapters.LearnedGate` gates.
+        kept: 0/1 for every component, module by module.
+        optimizer: of a training that goes on.
+    """
+    import torch
+
+    from autolora.adapters import LearnedGate, compact
+
+    for layer in adapters.layers.values() if optimizer is not None else ():
+        assert optimizer is not None
+        state = optimizer.state.get(layer.lora_B)
+        if state and isinstance(layer.gate, LearnedGate):
+            gate = layer.gate.value().detach()
+            factor = torch.where(gate == 0, 0.0, 1 / gate)
+            state["exp_avg"] *= factor
+            state["exp_avg_sq"] *= factor.square()
+    masks = kept.split([layer.rank for layer in adapters.layers.values()])
+    adapters.fix_gates(dict(zip(adapters.layers, masks, strict=True)))
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if optimizer is not None and not several and bool(kept.any()):
+        compact(adapters, optimizer)
