@@ -1,0 +1,169 @@
+r"""A weight-sharing super-net: one training, many plans to choose from.
+
+Components of a module are kept in order, and a plan of ranks r uses the first :math:`r_i` of module i. Every step
+descends the mean loss of several plans (the sandwich rule of Yu & Huang, "Universally slimmable networks and improved
+training techniques", ICCV 2019),
+
+.. math:: L = \frac{1}{n + 2} \left( \ell(\text{largest}) + \ell(\text{smallest})
+          + \sum_{j=1}^{n} \ell(\text{random}_j) \right)
+
+so that the first components learn to do without the later ones, and any plan can be measured without training it: the
+largest plan has the most of every module, the smallest rank 1, and random plans spend the budget, since it is plans of
+this cost that will be compared. Without their distillation from the largest: the labels teach every plan.
+
+While it trains, the model that is evaluated is that of uniform ranks at the budget. After the training a searcher
+measures plans on the held-out slice, a forward pass each, and the best is kept, with the weights of the super-net. They
+have served many plans, and the plan that was chosen is worth more when it is trained alone: that is
+``retrain=found``.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import Field
+
+from autolora.plan import RankPlan
+from autolora.search.measure import Measurements, search_at_random
+from autolora.search.space import PlanSpace
+from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autolora.adapters import Adapters, AdapterSettings
+
+
+class SearchOptions(StrategyOptions):
+    """What every search is told.
+
+    ``evaluations``: how many plans are measured, the uniform one included. ``objective``: what is measured, the
+    primary metric or the (negative) loss. ``price``: what the parameters of the largest plan cost, in units of it.
+    ``min_rank`` and ``step``: of the grid of ranks. ``random_plans``: n of the sandwich rule.
+    """
+
+    evaluations: int = Field(default=200, ge=1)
+    objective: Literal["loss", "metric"] = "loss"
+    price: float = Field(default=0.01, ge=0)
+    min_rank: int = Field(default=0, ge=0)
+    step: int = Field(default=1, ge=1)
+    random_plans: int = Field(default=2, ge=0)
+
+
+class LearnedSearchOptions(SearchOptions):
+    """``against_random``: also measure as many random plans afterwards, only to say whether the search beat them."""
+
+    against_random: bool = False
+
+
+SearchT = TypeVar("SearchT", bound=SearchOptions)
+
+
+class SuperNet(Strategy[SearchT]):
+    """Base class of strategies that measure plans in a super-net; a searcher has to implement :meth:`search`.
+
+    Attributes:
+        space: the plans to choose from, from :meth:`attach` on.
+        seed: of everything that is drawn, from :meth:`attach` on.
+        measured, at_random: the plans that were measured, from :meth:`finalize` on, and those of the comparison.
+    """
+
+    space: PlanSpace
+    seed: int
+    measured: Measurements | None = None
+    at_random: Measurements | None = None
+
+    def search(self, measured: Measurements) -> None:
+        """Measure plans until ``measured.done``, or until there is nothing more to try."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which plans it measures: implement search()")
+
+    def initial_plan(self) -> RankPlan:
+        """The largest plan on the grid.
+
+        Raises:
+            PlanError: if the budget does not pay for ``min_rank`` everywhere.
+        """
+        options = self.options
+        self.space = PlanSpace(self.largest, self.allowance, min_rank=options.min_rank, step=options.step)
+        return self.space.plan(self.space.top)
+
+    def attach(self, model: nn.Module, settings: AdapterSettings) -> Adapters:
+        """Adapters of the largest ranks; where no plan is tried, those of the uniform plan are on."""
+        adapters = super().attach(model, settings)
+        self.seed, self.drawn = settings.seed, 0
+        adapters.keep_first(self.space.plan(self.space.uniform()))
+        return adapters
+
+    def training_loss(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+        """The mean loss of the largest, the smallest, and some random plans."""
+        import torch
+
+        losses = []
+        for plan in self.sandwich():
+            with self.adapters.masked(plan):
+                losses.append(loss_fn(model, batch))
+        return torch.stack(losses).mean()
+
+    def sandwich(self) -> list[RankPlan]:
+        """The plans of the next step.
+
+        Each draw has a random stream of its own, named by its number, so that the number is all there is to remember.
+        """
+        levels = [self.space.top, self.space.smallest()]
+        for _ in range(self.options.random_plans):
+            levels.append(self.space.random(random.Random(f"{self.seed}/sandwich/{self.drawn}")))
+            self.drawn += 1
+        return [self.space.plan(one) for one in levels]
+
+    @property
+    def scored_by(self) -> Literal["metric", "loss"]:  # type: ignore[override]
+        """The objective."""
+        return self.options.objective
+
+    @property
+    def settled(self) -> bool:
+        """Only after the search: while it trains, every plan is still possible."""
+        return self.measured is not None
+
+    def finalize(self, evaluate: Evaluate) -> RankPlan:
+        """Measure the uniform plan and those that the searcher comes up with, and keep the best."""
+        self.measured = self.measure(evaluate)
+        self.search(self.measured)
+        if isinstance(self.options, LearnedSearchOptions) and self.options.against_random:
+            self.at_random = self.measure(evaluate)
+            search_at_random(self.at_random, self.seed)
+        plan = self.space.plan(self.measured.best)
+        self.adapters.keep_first(plan)
+        return plan
+
+    def measure(self, evaluate: Evaluate) -> Measurements:
+        """Nothing measured yet but the uniform plan."""
+        options = self.options
+        return Measurements(self.space, evaluate, evaluations=options.evaluations, price=options.price)
+
+    @property
+    def notes(self) -> list[str]:
+        """Whether the search has beaten uniform ranks, and random plans where it was compared with them."""
+        found, drawn = self.measured, self.at_random
+        if found is None:
+            return []
+        sign, what = (-1, "loss") if self.options.objective == "loss" else (1, "score")
+        best, uniform = sign * found.scores[found.best], sign * found.scores[found.uniform]
+        notes = [
+            f"{len(found.scores)} plans measured in the super-net: held-out {what} {best:.6g} at best, {uniform:.6g} "
+            f"with uniform ranks{'; the search did not beat them' if found.best == found.uniform else ''}"
+        ]
+        if drawn is not None:
+            verdict = "beat" if found.worth(found.best) > drawn.worth(drawn.best) else "did not beat"
+            best = sign * drawn.scores[drawn.best]
+            notes.append(f"{len(drawn.scores)} random plans: {best:.6g} at best; the search {verdict} random search")
+        return notes
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many plans were drawn."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing."""
+        self.drawn = state["drawn"]
