@@ -12,14 +12,14 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from autolora.errors import BackboneError
+from autolora.errors import BackboneError, DataError
 from autolora.network import why_unreachable
 from autolora.roles import outermost_heads
 
@@ -114,6 +114,7 @@ def load_backbone(
     path: str | Path | None = None,
     num_labels: int,
     problem_type: ProblemType = "single_label_classification",
+    labels: Sequence[str] | None = None,
     head_seed: int = 0,
 ) -> Backbone:
     """Load a sequence-classification model and its tokenizer.
@@ -127,6 +128,7 @@ def load_backbone(
         path: folder with ``config.json``, weights and tokenizer files.
         num_labels: number of classes; 1 for regression.
         problem_type: what the labels are.
+        labels: names of the classes, for the model's ``config.json``.
         head_seed: seed of the head's random stream.
 
     Raises:
@@ -145,6 +147,9 @@ def load_backbone(
     tokenizer = _tokenizer_in(located)
     model, fresh = _model_in(located, num_labels, problem_type, head_seed)
     _agree(model.config, tokenizer, located)
+    if labels is not None:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
     heads = head_modules(model)
     if not heads:
         parts = ", ".join(name for name, _ in model.named_children())
@@ -176,11 +181,30 @@ def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, direct
         with _quiet():
             model.save_pretrained(directory)  # type: ignore[operator]
             tokenizer.save_pretrained(directory)
+        for weights in directory.glob("*.safetensors"):  # which safetensors makes for the owner alone
+            weights.chmod((directory / "config.json").stat().st_mode)
     except SafetensorError as error:  # it wraps the system's own errors
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+
+
+def load_pretrained(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model with its head, and its tokenizer, as :func:`save_pretrained` wrote them.
+
+    Raises:
+        DataError: if a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        with _quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(directory, local_files_only=True)
+            return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{directory}: the model cannot be loaded: {error}") from None
 
 
 def head_modules(model: nn.Module) -> list[str]:

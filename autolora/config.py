@@ -103,6 +103,19 @@ class PlantedConfig(Section):
                 yield Conflict(keys, f"task.ranks: {module} can have rank 0 to {largest} (min(in, out)), got {rank}")
 
 
+class PlantedEncoderConfig(Section):
+    """The task whose true ranks are known, on a pretrained encoder; see ``autolora.training.planted_encoder``."""
+
+    name: Literal["planted_encoder"] = "planted_encoder"
+    text: GlueName = "mnli"
+    highest_rank: Whole = 8
+    ranks: Annotated[tuple[Whole, ...], Strict(False)] | None = None
+    singular_value: NonNegative = 0.5
+    profile: Literal["equal", "decaying"] = "equal"
+    noise: NonNegative = 0.0
+    teacher_seed: Whole | None = None
+
+
 class DataConfig(Section):
     """Where rows come from and how they are batched."""
 
@@ -110,8 +123,8 @@ class DataConfig(Section):
     dir: PathLike | None = None
     cache_dir: PathLike | None = None
     max_train: Count | None = None
-    heldout: Annotated[float, Gt(0), Lt(0.5)] = 0.1
-    max_heldout: Count = 1000
+    heldout: Annotated[float, Gt(0), Le(0.5)] = 0.1
+    max_heldout: Count | None = 1000
     batch_size: Count = 32
     eval_batch_size: Count = 128
     max_length: Annotated[int, Ge(8)] = 128
@@ -383,7 +396,9 @@ class RunConfig(Section):
     force: bool = False
     retrain: Literal["none", "found", "permuted", "uniform"] = "none"
     retrain_on: Literal["fit", "all"] = "fit"
-    task: GlueTaskConfig | PlantedConfig = Field(default=GlueTaskConfig(name="mnli"), discriminator="name")
+    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig = Field(
+        default=GlueTaskConfig(name="mnli"), discriminator="name"
+    )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -402,11 +417,15 @@ class RunConfig(Section):
         return self
 
     def conflicts(self) -> Iterator[Conflict]:
-        """What is wrong inside the sections, and between them."""
+        """What is wrong inside the sections, and between them; what the strategy says of a key comes first."""
+        judge = getattr(self.strategy.options, "conflicts_with", None)
+        of_strategy = list(judge(self)) if judge else []
+        yield from of_strategy
+        judged = {key for conflict in of_strategy for key in conflict.keys}
         for name in type(self).model_fields:
             section = getattr(self, name)
             if isinstance(section, Section):
-                yield from section.conflicts()
+                yield from (conflict for conflict in section.conflicts() if judged.isdisjoint(conflict.keys))
         planted = isinstance(self.task, PlantedConfig)
         if planted and self.backbone.name != "none":
             message = f"backbone={self.backbone.name}: task=planted brings its own model: leave the backbone out"

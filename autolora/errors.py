@@ -40,5 +40,9 @@ class BusyError(AutoLoRAError):
     """Another process works on the same run directory."""
 
 
+class PathError(AutoLoRAError):
+    """A file or folder cannot be made where it was asked for."""
+
+
 class DiskFullError(AutoLoRAError):
     """There is no space left for a file that has to be written."""

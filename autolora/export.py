@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from autolora.config import GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section
-from autolora.errors import AutoLoRAError, ConfigError, DataError
-from autolora.files import replacing_directory
+from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
+from autolora.files import read_json, replacing_directory, writing
 from autolora.results import RunDirectory
+from autolora.strategies.outside import PEFT_MISSING
 from autolora.validate import parse, require
 
 if TYPE_CHECKING:
@@ -21,19 +24,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HELP = """\
-usage: {program} run=DIR out=DIR [format=peft|merged]
+usage: {program} run=DIR out=DIR [format=peft|merged] [backbone.path=DIR]
 
 Take the trained adapter out of the run directory of a complete run.
 
   run=DIR         the run directory: what `autolora.train` names after "written to"
   out=DIR         a folder that is not there yet, or empty
-  format=peft     a LoRA adapter that peft.PeftModel.from_pretrained loads (the default)
+  format=peft     the adapter, that peft.PeftModel.from_pretrained loads (the default)
   format=merged   the whole model, the adapter merged into its weights, that
                   transformers.AutoModelForSequenceClassification.from_pretrained loads without PEFT or AutoLoRA
+  backbone.path=DIR   where the pretrained model is now, if it is not where the run has found it
+
+strategy=full has the second only, strategy=prompt and strategy=prefix have the first only.
 
 Before anything is written, the adapter is loaded into the backbone that it was trained on.
 Exit codes: 0 done, 1 the export failed, 2 the command line is wrong.
 """
+
+# PEFT's names for what only PEFT can load.
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING")
+_BY_PEFT = (*_VIRTUAL_TOKENS, "IA3")
+
+
+class Place(Section):
+    """Where the pretrained model is, if not where the run has found it."""
+
+    path: PathLike | None = None
 
 
 class Settings(Section):
@@ -42,6 +58,7 @@ class Settings(Section):
     run: PathLike
     out: PathLike
     format: Literal["peft", "merged"] = "peft"
+    backbone: Place = Place()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,37 +94,45 @@ def export(settings: Settings) -> str:
         DataError: if the run is not complete, its files are damaged, or there is something in ``out``.
         BackboneError: if the backbone is nowhere to be found, or is another one than the run's.
         TargetError: if the adapter cannot be loaded or merged.
+        PathError: if ``out`` cannot be made.
+        DiskFullError: if there is no space.
     """
     directory, out = RunDirectory(settings.run), settings.out
-    cfg = read_run(directory)
-    if settings.format == "merged" and isinstance(cfg.task, PlantedConfig):
-        raise DataError("format=merged: task=planted has no pretrained model to merge into: use format=peft")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
-    from autolora.adapters.bare import merged
-    from autolora.adapters.peft_format import load_peft
+    if directory.path.name == directory.result.name:
+        directory = RunDirectory(directory.path.parent)
+    cfg = read_run(directory, settings.backbone.path)
+    kind = kind_of(directory)
+    _refuse(cfg, kind, settings.format)
+    with writing(out):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
     from autolora.backbones import save_pretrained
 
-    model, tokenizer = build_model(cfg)
-    adapters = load_peft(model, directory.adapter)
+    trained, tokenizer = load(cfg, kind, directory.adapter)
     with replacing_directory(out) as folder:
         if settings.format == "peft":
-            shutil.copytree(directory.adapter, folder, dirs_exist_ok=True)
+            for file in directory.adapter.iterdir():
+                shutil.copyfile(file, folder / file.name)
         else:
             assert tokenizer is not None
-            with merged(adapters) as plain:
-                save_pretrained(plain, tokenizer, folder)
+            with _plain(trained) as model:
+                save_pretrained(model, tokenizer, folder)
     loader = "peft.PeftModel" if settings.format == "peft" else "transformers.AutoModelForSequenceClassification"
     return f"written to {out}; load it with {loader}.from_pretrained"
 
 
-def read_run(directory: RunDirectory) -> RunConfig:
+def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig:
     """The configuration of a complete run.
 
     Where the data were does not matter any more, and a backbone in a folder is looked for where it was found then.
 
+    Args:
+        directory: of the run.
+        backbone: folder to take the backbone from instead.
+
     Raises:
         DataError: if the run is not complete, or its files are damaged or of another version.
+        BackboneError: if the folder of the backbone is gone.
     """
     from autolora.adapters.peft_format import read_sidecar
 
@@ -119,15 +144,93 @@ def read_run(directory: RunDirectory) -> RunConfig:
         raise DataError(f"{directory.path}: expected the folder adapter/ with autolora.json; run again with force=true")
     try:
         tree = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-        if tree["backbone"]["path"] is not None:
-            tree["backbone"]["path"] = sidecar["base_model"]
+        if tree["backbone"]["path"] is not None or backbone is not None:
+            folder = backbone or Path(sidecar["base_model"])
+            if not folder.is_dir():
+                raise BackboneError(
+                    f"{folder}: there is no such folder; the run was trained on {sidecar['base_model']}: "
+                    "say with backbone.path=DIR where that is now"
+                )
+            tree["backbone"]["path"] = str(folder)
         return require({key: value for key, value in tree.items() if key != "data"})
     except (OSError, yaml.YAMLError, TypeError, KeyError, ConfigError) as error:
         raise DataError(f"{directory.config}: cannot be used: {error}") from None
 
 
+def kind_of(directory: RunDirectory) -> str:
+    """PEFT's name for what a run has trained (``LORA``), or ``MODEL`` for a whole model.
+
+    Raises:
+        DataError: if that cannot be told.
+    """
+    file = directory.adapter / "adapter_config.json"
+    if any(directory.adapter.glob("model*.safetensors")):
+        return "MODEL"
+    config = read_json(file, f"{file.parent}: there is no {file.name}; run again with force=true")
+    return str(config.get("peft_type")) if isinstance(config, dict) else "none"
+
+
+def _refuse(cfg: RunConfig, kind: str, form: str) -> None:
+    """What cannot be had in a format."""
+    strategy = f"strategy={cfg.strategy.name}"
+    if kind == "MODEL" and not isinstance(cfg.task, GlueTaskConfig):
+        raise DataError(
+            f"task={cfg.task.name}, {strategy}: no library loads this model: adapter/ of the run has its state"
+        )
+    if form == "peft" and kind == "MODEL":
+        raise DataError(
+            f"format=peft: {strategy} has trained the whole model, so there is no adapter: use format=merged"
+        )
+    if form == "merged" and isinstance(cfg.task, PlantedConfig):
+        raise DataError("format=merged: task=planted has no pretrained model to merge into: use format=peft")
+    if form == "merged" and kind in _VIRTUAL_TOKENS:
+        raise DataError(
+            f"format=merged: {strategy} trains virtual tokens, which no weight can take in: use format=peft"
+        )
+    if kind in _BY_PEFT and importlib.util.find_spec("peft") is None:
+        raise DataError(f"{strategy}: {PEFT_MISSING}")
+
+
+def load(cfg: RunConfig, kind: str, folder: Path) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """What a run has trained, on its backbone; and the tokenizer, where it has one.
+
+    Raises:
+        DataError: if a file is damaged.
+        BackboneError: if the backbone is nowhere to be found, or is another one than the run's.
+        TargetError: if the adapter does not fit.
+    """
+    from autolora.adapters.fingerprint import fingerprint
+    from autolora.adapters.peft_format import load_peft, read_sidecar
+    from autolora.adapters.wrapped import load_wrapped
+    from autolora.backbones import load_pretrained
+
+    if kind == "MODEL":
+        whole, its_tokenizer = load_pretrained(folder)
+        if fingerprint(whole) != (read_sidecar(folder) or {})["fingerprint"]["hashes"]:
+            raise DataError(f"{folder}: the weights are not those of the run; run again with force=true")
+        return whole, its_tokenizer
+    model, tokenizer = build_model(cfg)
+    return (load_wrapped if kind in _BY_PEFT else load_peft)(model, folder), tokenizer
+
+
+@contextmanager
+def _plain(trained: Any) -> Iterator[nn.Module]:
+    """Inside this context what was trained is a plain model."""
+    from autolora.adapters import Adapters
+    from autolora.adapters.bare import merged
+
+    if isinstance(trained, Adapters):
+        with merged(trained) as model:
+            yield model
+    else:
+        yield trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
+
+
 def build_model(cfg: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
-    """The backbone of a run with a new head, and its tokenizer, where it has one."""
+    """The backbone of a run with the head that it began with, and its tokenizer, where it has one.
+
+    A regression head began at the mean of its training rows, which are not looked for: it is in the adapter.
+    """
     if isinstance(cfg.task, GlueTaskConfig):
         return _classifier(cfg, cfg.task)
     from autolora.parts import make_problem
@@ -139,13 +242,17 @@ def build_model(cfg: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase | No
 
 def _classifier(cfg: RunConfig, task: GlueTaskConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from autolora.backbones import load_backbone
+    from autolora.parts import seed_for
     from autolora.tasks.glue import GLUE
 
     glue = GLUE[task.name]
-    backbone = load_backbone(**cfg.backbone.weights, num_labels=glue.num_labels, problem_type=glue.problem_type)
-    if glue.labels is not None:
-        backbone.model.config.id2label = dict(enumerate(glue.labels))
-        backbone.model.config.label2id = {label: i for i, label in enumerate(glue.labels)}
+    backbone = load_backbone(
+        **cfg.backbone.weights,
+        num_labels=glue.num_labels,
+        problem_type=glue.problem_type,
+        labels=glue.labels,
+        head_seed=seed_for(cfg.seed, "head"),
+    )
     return backbone.model, backbone.tokenizer
 
 

@@ -12,9 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from autolora.errors import DataError, DiskFullError
+from autolora.errors import DataError, DiskFullError, PathError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def dump_json(data: Any) -> str:
@@ -53,6 +57,7 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     Raises:
         DiskFullError: if there is no space.
+        PathError: if no file can be made there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -85,31 +90,41 @@ def append(file: io.FileIO, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside this context a full disk is an error that the user can mend; ``path`` is what is being written.
+    """Inside this context what the system refuses is an error that the user can mend; ``path`` is what is written.
 
     Raises:
         DiskFullError: if there is no space.
+        PathError: if nothing can be made there.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno in _FULL:
+            raise DiskFullError(
+                f"{path}: could not be written ({error.strerror}), and what was there before is as it was; free space "
+                "and repeat the command"
+            ) from None
+        if error.errno not in _UNWRITABLE:
             raise
-        raise DiskFullError(
-            f"{path}: could not be written ({error.strerror}), and what was there before is as it was; free space and "
-            "repeat the command: a run goes on from its last checkpoint"
-        ) from None
+        advice = "name another place, or make this one writable"
+        if error.errno == errno.EBUSY:
+            advice = "a folder where something is mounted cannot be replaced: name one inside it"
+        raise PathError(f"{path}: could not be written ({error.strerror}); {advice}") from None
 
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that takes its place once all its files are on disk; after a failure nothing is left.
 
+    A link stays: what it points to is replaced.
+
     Raises:
         DiskFullError: if there is no space.
+        PathError: if no folder can be made there.
     """
+    named, path = path, Path(os.path.realpath(path))
     temporary, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
-    with writing(path):
+    with writing(named):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()

@@ -28,7 +28,7 @@ def seed_for(seed: int, stream: str) -> int:
 
 def make_problem(cfg: RunConfig) -> Problem:
     """Read the data of the configured task; the model is loaded later, by ``build``."""
-    return _planted_problem(cfg, cfg.task) if isinstance(cfg.task, PlantedConfig) else _text_problem(cfg, cfg.task)
+    return _planted_problem(cfg, cfg.task) if isinstance(cfg.task, PlantedConfig) else _text_problem(cfg)
 
 
 def _planted_problem(cfg: RunConfig, task: PlantedConfig) -> Problem:
@@ -37,24 +37,30 @@ def _planted_problem(cfg: RunConfig, task: PlantedConfig) -> Problem:
 
     settings = task.model_dump(exclude={"name", "teacher_seed", "eval_size"})
     teacher_seed = cfg.seed if task.teacher_seed is None else task.teacher_seed
-    written = json.dumps(settings | {"teacher_seed": teacher_seed}, sort_keys=True)
     return PlantedRegression(
         plant(**settings, seed=teacher_seed),
-        fingerprint=hashlib.sha256(written.encode()).hexdigest()[:12],
+        fingerprint=_digest(settings | {"teacher_seed": teacher_seed}),
         batch_size=cfg.data.batch_size,
         eval_size=task.eval_size,
         seed=seed_for(cfg.seed, "data"),
     )
 
 
-def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _text_problem(cfg: RunConfig) -> Problem:
+    """A task on text: one of GLUE, or planted ranks with the sentences of one."""
     from autolora.backbones import locate, weights_fingerprint
     from autolora.paths import cache_root
     from autolora.tasks.glue import GLUE
     from autolora.tasks.sources import fingerprint, load, resolve, size_notes
     from autolora.tasks.splits import hold_out, subsample
 
-    glue, data = GLUE[task.name], cfg.data
+    task, data = cfg.task, cfg.data
+    assert not isinstance(task, PlantedConfig)
+    glue = GLUE[task.name if isinstance(task, GlueTaskConfig) else task.text]
     resolved = resolve(data.source, glue, data.dir)
     say(f"data: {resolved.detail}")
     splits = load(resolved, glue)
@@ -70,16 +76,14 @@ def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
     weights = cfg.backbone.weights
     from autolora.training.text import TextProblem, TextSettings
 
-    return TextProblem(
-        glue,
-        {"fit": fit_rows, "heldout": heldout, **splits},
-        source=resolved.kind,
-        fingerprint=data_hash,
-        data_notes=notes,
-        backbone=cfg.backbone.label,
-        backbone_fingerprint=weights_fingerprint(locate(**weights).directory),
-        weights=weights,
-        settings=TextSettings(
+    arguments: dict[str, Any] = {
+        "source": resolved.kind,
+        "fingerprint": data_hash,
+        "data_notes": notes,
+        "backbone": cfg.backbone.label,
+        "backbone_fingerprint": weights_fingerprint(locate(**weights).directory),
+        "weights": weights,
+        "settings": TextSettings(
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
             max_length=data.max_length,
@@ -88,7 +92,16 @@ def _text_problem(cfg: RunConfig, task: GlueTaskConfig) -> Problem:
             data_seed=seed,
             head_seed=seed_for(cfg.seed, "head"),
         ),
-    )
+    }
+    rows = {"fit": fit_rows, "heldout": heldout, **splits}
+    if isinstance(task, GlueTaskConfig):
+        return TextProblem(glue, rows, **arguments)
+    from autolora.training.planted_encoder import PlantedEncoder, Planting
+
+    teacher_seed = cfg.seed if task.teacher_seed is None else task.teacher_seed
+    planting = Planting(**task.model_dump(exclude={"name", "text", "teacher_seed"}), seed=teacher_seed)
+    arguments["fingerprint"] = _digest(vars(planting) | {"data": data_hash})
+    return PlantedEncoder(glue, rows, planting=planting, **arguments)
 
 
 def make_strategy(cfg: RunConfig, problem: Problem) -> Strategy[Any]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,8 +46,8 @@ class Run:
     module: AdapterModule | None = None
     precision: str | None = None
     selection: Selection | None = None
-    peak_trainable: int = 0
     plans_measured: int = 0
+    resumed_at: int = 0
 
     @property
     def identity(self) -> str:
@@ -65,12 +66,23 @@ class Run:
         return self.directory.checkpoints if self.stage == "fit" else self.directory.retrain_checkpoints
 
     @property
+    def steps(self) -> int:
+        """Steps of the training that is under way; until it goes on, those of the checkpoint."""
+        return max(self.resumed_at, self.module.steps_done if self.module else 0)
+
+    @property
     def compute(self) -> Compute:
         """What it took so far."""
-        steps = self.module.steps_done if self.module else 0
         if self.selection is None:
-            return Compute(fit_steps=steps, plans_measured=self.plans_measured)
-        return self.selection.compute.model_copy(update={"retrain_steps": steps})
+            return Compute(fit_steps=self.steps, plans_measured=self.plans_measured)
+        return self.selection.compute.model_copy(update={"retrain_steps": self.steps})
+
+    @property
+    def peak_trainable(self) -> int:
+        """The most parameters that were trained at once."""
+        return max(
+            self.module.peak_trainable if self.module else 0, self.selection.peak_trainable if self.selection else 0
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -113,21 +125,21 @@ class Clock:
 
 
 def save_adapter(run: Run) -> None:
-    """Write the adapter as PEFT reads it, and beside it what identifies the run."""
+    """Write the adapter as PEFT reads it, or a model that was trained in full as transformers does, and beside it what
+    identifies the run.
+    """
     from autolora.adapters.peft_format import save_peft
-    from autolora.backbones import hub_name
+    from autolora.adapters.whole import WholeModel, save_whole
+    from autolora.adapters.wrapped import Wrapped, save_wrapped
+    from autolora.backbones import hub_name, save_pretrained
     from autolora.training.text import TextProblem
 
     assert run.strategy is not None
-    cfg, problem = run.cfg, run.problem
-    text = isinstance(problem, TextProblem)
-    save_peft(
-        run.strategy.adapters,
-        run.directory.adapter,
-        base_model=hub_name(**cfg.backbone.weights) if text else "planted",
-        task_type="SEQ_CLS" if text else None,
-        fresh=problem.pretrained.fresh if isinstance(problem, TextProblem) else (),
-        metadata={
+    cfg, problem, adapters, directory = run.cfg, run.problem, run.strategy.adapters, run.directory.adapter
+    text = problem if isinstance(problem, TextProblem) else None
+    about: dict[str, Any] = {
+        "base_model": hub_name(**cfg.backbone.weights) if text else "planted",
+        "metadata": {
             "strategy": cfg.strategy.name,
             "task": problem.name,
             "data_source": problem.data_source,
@@ -136,7 +148,14 @@ def save_adapter(run: Run) -> None:
             "seed": cfg.seed,
             "config_hash": run.identity,
         },
-    )
+    }
+    if isinstance(adapters, WholeModel):
+        write = partial(save_pretrained, adapters.model, text.pretrained.tokenizer) if text else None
+        save_whole(adapters, directory, write=write, **about)
+    elif isinstance(adapters, Wrapped):
+        save_wrapped(adapters, directory, fresh=problem.fresh, **about)
+    else:
+        save_peft(adapters, directory, task_type=problem.peft_task_type, fresh=problem.fresh, **about)
 
 
 def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | None) -> None:
@@ -151,6 +170,7 @@ def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | Non
         seconds=run.clock.so_far(),
         logger=logger,
     )
+    run.module, run.resumed_at = None, 0
     run.directory.write_selection(run.selection)
 
 
@@ -173,10 +193,9 @@ def record_interruption(run: Run, stop: Interrupted) -> None:
     """Write a ``result.json`` that says how far the run came, and tell the user how it goes on."""
     if run.directory.is_complete():  # too late
         return
-    steps = run.module.steps_done if run.module else 0
     checkpoints = sorted(run.checkpoints.glob("step-*.ckpt"))
     metrics = Metrics(primary=run.problem.primary)
-    note = f"{stop} at step {steps}{' of the second training' if run.stage == 'retrain' else ''}"
+    note = f"{stop} at step {run.steps}{' of the second training' if run.stage == 'retrain' else ''}"
     run.directory.write_result(RunResult(status="interrupted", metrics=metrics, ranks={}, notes=(note,), **facts(run)))
     where = f"goes on from {checkpoints[-1].name}" if checkpoints else "begins again"
     say(f"{note}; the same command {where} in {run.directory.path}")
@@ -186,8 +205,8 @@ def facts(run: Run) -> dict[str, Any]:
     """The fields of a result that do not depend on how the run ended."""
     cfg, problem = run.cfg, run.problem
     gpu, gpu_peak = _gpu_use(run)
-    adapters = run.strategy.adapters if run.strategy and run.peak_trainable else None
-    count = adapters.count() if adapters else dict.fromkeys(("adapter", "scale", "bias", "head", "gate", "total"), 0)
+    adapters = getattr(run.strategy, "adapters", None)  # not before they are attached
+    count = adapters.count() if adapters else dict.fromkeys(("adapter", "added", "own", "head", "gate", "total"), 0)
     seconds = Seconds(**run.clock.so_far())
     examples = run.module.examples_seen if run.module else 0
     compute = run.compute
@@ -203,11 +222,11 @@ def facts(run: Run) -> dict[str, Any]:
         "seed": cfg.seed,
         "params": Params(
             adapter=count["adapter"],
-            extra=count["scale"] + count["bias"],
+            extra=count["added"] + count["own"],
             head=count["head"],
             peak_trainable=run.peak_trainable,
             budget=run.strategy.allowance if run.strategy and adapters else None,
-            backbone=count["total"] - count["adapter"] - count["scale"] - count["gate"] - count["head"],
+            backbone=count["total"] - count["adapter"] - count["added"] - count["gate"] - count["head"],
         ),
         "adapter_bytes": sum(p.numel() * p.element_size() for p in adapters.adapter_parameters()) if adapters else 0,
         "seconds": seconds,
@@ -261,11 +280,10 @@ def prediction_rows(problem: Problem, outputs: dict[str, Outputs]) -> tuple[list
 def _planted_record(run: Run, plan: RankPlan, scores: Scores) -> Planted | None:
     """How the ranks that were selected compare with the true ones, and the error in the end."""
     from autolora.tasks.planted import exact_fraction
-    from autolora.training.planted import PlantedRegression
 
-    if not isinstance(run.problem, PlantedRegression):
-        return None
     true = run.problem.true_plan
+    if true is None:
+        return None
     found = plan if run.selection is None else RankPlan(plan.sites, run.selection.ranks)
     return Planted(
         true=dict(true), found=dict(found), exact_fraction=exact_fraction(true, found), excess_error=scores.value

@@ -33,7 +33,7 @@ from autolora.files import dump_json, read_json, replacing, write_json_atomic, w
 SCHEMA = 1
 _PACKAGES = (
     "autolora", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy",
-    "hydra-core", "pydantic", "wandb",
+    "hydra-core", "pydantic", "wandb", "peft",
 )  # fmt: skip
 # What says where a run is kept and how it is watched, not what it computes. The data themselves are in the fingerprint.
 _NOT_IDENTITY = (
@@ -58,8 +58,9 @@ class Metrics(_Record):
 
 
 class Params(_Record):
-    """Parameter counts: final adapters (A and B: what the budget counts), trained biases and scales (``extra``), fully
-    trained head, the most ever trained at once, the budget, the backbone.
+    """Parameter counts: final adapters (A and B: what the budget counts), what is trained besides them and the head
+    (``extra``: biases and scales, prompts, or the backbone itself), fully trained head, the most ever trained at once,
+    the budget, the backbone.
     """
 
     adapter: int

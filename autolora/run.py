@@ -56,6 +56,7 @@ def run_one(cfg: RunConfig) -> RunResult:
             return carry_out(run)
         with directory.held():
             if directory.is_complete() and not cfg.force:
+                signals.check()
                 say(f"complete already: {directory.path} (force=true runs it again)")
                 return directory.read_result()
             try:
@@ -69,6 +70,7 @@ def carry_out(run: Run) -> RunResult:
     """The steps of a run, from the beginning or from its last checkpoint."""
     cfg, problem, clock = run.cfg, run.problem, run.clock
     checkpoint = begin(run)
+    run.signals.check()
 
     from autolora.training.problem import evaluate
 
@@ -78,18 +80,24 @@ def carry_out(run: Run) -> RunResult:
         logger = wandb_run.logger if wandb_run else None
         selection = None
         if run.selection is None:
+            problem.build()
+            run.signals.check()
             train(run, make_strategy(cfg, problem), checkpoint, logger)
             plan, selection = select(run)
             if cfg.retrain != "none":
                 record_selection(run, plan, selection, str(logger.version) if logger else None)
                 checkpoint = None
         if run.selection is not None:
+            run.signals.deferred = True
+            problem.build(all_rows=cfg.retrain_on == "all")
+            run.signals.check()
             train(run, make_control(cfg, problem, run.selection.ranks), checkpoint, logger)
             held_out = cfg.retrain_on == "fit"
             selection = problem.scores({"heldout": evaluate(problem, problem.model, "heldout")}) if held_out else None
         with clock.measure("evaluate"):
             outputs = {split: evaluate(problem, problem.model, split) for split in problem.dev_splits}
             scores = problem.scores(outputs)
+        run.signals.check()
         result = describe(run, selection, scores)
         if wandb_run is not None:
             wandb_run.finish_with({f"dev/{name}": value for name, value in scores.all.items()}, result.ranks)
@@ -108,10 +116,12 @@ def begin(run: Run) -> Checkpoint | None:
 
     directory = run.directory
     if is_main_process() and run.cfg.force:
+        run.signals.check()  # before anything is lost
         directory.clear()
     if run.cfg.retrain != "none":
         run.selection = directory.read_selection()
     checkpoint = newest(run.checkpoints, run.identity, say)
+    run.resumed_at = checkpoint.step if checkpoint else 0
     if not is_main_process():  # the first process, which has started this one, does the rest
         return checkpoint
     training = "" if run.stage == "fit" else "the second training "
@@ -128,7 +138,7 @@ def begin(run: Run) -> Checkpoint | None:
 
 
 def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logger: Any) -> None:
-    """Train a fresh model under a strategy; or go on from a checkpoint."""
+    """Train the problem's model under a strategy; or go on from a checkpoint."""
     import lightning.pytorch as pl
 
     from autolora.training.callbacks import HeldoutChoice, History, ProgressBar
@@ -138,16 +148,14 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
 
     cfg, problem, directory, settings = run.cfg, run.problem, run.directory, run.cfg.trainer
     second = run.stage == "retrain"
-    problem.build(all_rows=second and cfg.retrain_on == "all")
     run.strategy = strategy
     adapters = strategy.attach(problem.model, adapter_settings(cfg))
     problem.model = adapters.model
-    run.peak_trainable = max(adapters.count()["trainable"], run.selection.peak_trainable if run.selection else 0)
     say(adapters.summary())
 
     steps_before = run.compute.fit_steps if second else 0
     file = directory.retrain_history if second else directory.history
-    history = History(file, settings.log_every_n_steps, logged_before=steps_before)
+    history = History(file, settings.log_every_n_steps, logged_before=steps_before, say=say)
     choice = HeldoutChoice(keep_best=settings.checkpoint == "best", patience=settings.early_stopping_patience)
     saving = Checkpoints(
         run.checkpoints,
@@ -164,6 +172,7 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     run.precision = str(trainer.precision)
     run.module = module = AdapterModule(problem, strategy, **optimization(cfg))
     pl.seed_everything(seed_for(cfg.seed, "training"), verbose=False)
+    run.signals.at_once()
     with run.clock.measure(run.stage):
         fit(trainer, module, problem, choice, run.checkpoints, checkpoint.path if checkpoint else None)
 
@@ -176,18 +185,21 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
     problem, strategy = run.problem, run.strategy
     assert strategy is not None
 
-    def held_out() -> Scores:
-        return problem.scores({"heldout": evaluate(problem, problem.model, "heldout")})
+    def held_out() -> Outputs:
+        return evaluate(problem, problem.model, "heldout")
 
     def score(plan: RankPlan) -> float:
         run.plans_measured += 1
         with strategy.adapters.masked(plan):
-            return held_out().utility()
+            outputs = held_out()
+        if strategy.scored_by == "loss":
+            return -float(problem.criterion(outputs.logits, outputs.labels))
+        return problem.scores({"heldout": outputs}).utility()
 
     with run.clock.measure("select"):
         plan = strategy.finalize(score)
         compact(strategy.adapters)
-        return plan, held_out()
+        return plan, problem.scores({"heldout": held_out()})
 
 
 def write(run: Run, result: RunResult, outputs: dict[str, Outputs]) -> None:

@@ -1,10 +1,13 @@
-"""SIGINT and SIGTERM as a request to stop, answered at once or, inside the training loop, after the current step."""
+"""SIGINT and SIGTERM as a request to stop, answered at once or, at the start and in the training loop, after a step."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,10 +34,12 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Inside this context a first SIGINT or SIGTERM raises :class:`Interrupted`, or waits for whoever deferred it.
+    """Inside this context a first SIGINT or SIGTERM waits for :meth:`check`, or raises :class:`Interrupted`.
 
-    While ``deferred`` is set a first signal is only kept in ``received``; a second raises at once, and one after that
-    has its usual effect. Outside the main thread, where Python allows no handlers, nothing happens.
+    While ``deferred`` is set, as it is on entering, a first signal is only kept in ``received``; a second raises at
+    once, and one after that has its usual effect. In the middle of an import, which an exception would leave half done
+    or which would swallow it, a first signal always waits, and a second has its usual effect. Outside the main thread,
+    where Python allows no handlers, nothing happens.
 
     Args:
         quiet: say nothing of a signal that waits.
@@ -50,6 +55,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
         self.take_over()
+        self.deferred = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,8 +68,27 @@ class Signals:
         for signum in self._before:
             signal.signal(signum, self._handle)
 
+    def check(self) -> None:
+        """Between two steps: answer a signal that waits.
+
+        Raises:
+            Interrupted: if there is one.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def at_once(self) -> None:
+        """From here on signals do not wait.
+
+        Raises:
+            Interrupted: if one does.
+        """
+        self.deferred = False
+        self.check()
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.deferred and self.received is None:
+        importing = _importing(frame)
+        if self.received is None and (self.deferred or importing):
             self.received = signum
             if not self.quiet:  # print() must not be entered twice: a handler may run in the middle of one
                 name = signal.Signals(signum).name
@@ -72,4 +97,49 @@ class Signals:
         self.received = signum
         for other in STOPPING:
             signal.signal(other, signal.SIG_DFL)
+        if importing:
+            signal.raise_signal(signum)
         raise Interrupted(signum)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Worker processes ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside this context signals wait, and a process that is started here begins with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent(worker: int) -> None:
+    """In a worker process: signals to the whole group are the parent's to answer, and only its own SIGTERM ends us.
+
+    Were SIGTERM ignored outright, a parent that ends without closing its workers would wait for them for ever.
+
+    Args:
+        worker: its number, as torch's ``worker_init_fn`` is given it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    if sys.platform == "darwin":  # does not tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    else:
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autolora.errors import AutoLoRAError, ConfigError
+from autolora.errors import AutoLoRAError, ConfigError, DiskFullError
 from autolora.paths import config_root
 from autolora.signals import Interrupted
 
@@ -132,7 +132,8 @@ def _complain(error: AutoLoRAError) -> None:
     if isinstance(error, ConfigError) and len(lines) > 1:
         print(f"error: {len(lines)} faults in the configuration", *lines, sep="\n  ", file=sys.stderr)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        more = ": the run goes on from its last checkpoint" if isinstance(error, DiskFullError) else ""
+        print(f"error: {error}{more}", file=sys.stderr)
 
 
 def _help(arguments: Sequence[str]) -> str:

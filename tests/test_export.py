@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -123,6 +124,37 @@ def test_a_run_whose_data_are_gone_and_whose_paths_were_relative(
     assert export(copied, tmp_path / "out", "format=merged") == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "strategy", "saved"),
+    [("rte", "uniform", "[]"), ("stsb", "uniform", "[bert.pooler]"), ("rte", "ia3", "[]"), ("rte", "prompt", "[]")],
+)
+def test_a_head_that_is_not_trained_travels_along(
+    task: str, strategy: str, saved: str, tmp_path: Path, tiny_bert_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It started at random, elsewhere at other values than here."""
+    run = ran(
+        tmp_path / "runs", f"task={task}", f"strategy={strategy}", f"adapter.modules_to_save={saved}",
+        f"backbone.path={tiny_bert_dir}", *(["budget.rank=1"] if strategy == "uniform" else []),
+    )  # fmt: skip
+    assert export(run, tmp_path / "peft") == 0, capsys.readouterr().err
+    row, dev = next(csv.DictReader((run / "predictions.csv").open())), generate(task, "dev")
+    assert dev.text_b is not None
+    labels = 1 if task == "stsb" else 2
+    in_peft = PeftModel.from_pretrained(
+        load_backbone(path=tiny_bert_dir, num_labels=labels, head_seed=99).model, str(tmp_path / "peft")
+    ).eval()
+    models = [in_peft]
+    if strategy != "prompt":
+        assert export(run, tmp_path / "merged", "format=merged") == 0, capsys.readouterr().err
+        models.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))
+    tokens = AutoTokenizer.from_pretrained(tiny_bert_dir)(dev.text_a[0], dev.text_b[0], return_tensors="pt")
+    for model in models:
+        with torch.no_grad():
+            found = model(**tokens).logits[0].tolist()
+        expected = [float(row[column]) for column in row if column.startswith("logit_")] or [float(row["prediction"])]
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_weights_that_the_backbone_lacks_travel_along(tmp_path: Path, tiny_bert_dir: Path) -> None:
     """A pooler that is not among the pretrained weights starts at random, elsewhere at other values than here."""
     poolerless = Path(shutil.copytree(tiny_bert_dir, tmp_path / "poolerless"))
@@ -162,6 +194,60 @@ def test_another_backbone_is_refused(
     assert export(copied, tmp_path / "out", f"format={kind}") == 1
     assert "trained on another backbone" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_that_has_moved(
+    copied: Path, tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sidecar = json.loads((copied / "adapter" / "autolora.json").read_text())
+    gone = str(tmp_path / "gone")
+    (copied / "adapter" / "autolora.json").write_text(json.dumps(sidecar | {"base_model": gone}))
+    assert export(copied, tmp_path / "out") == 1
+    assert f"{gone}: there is no such folder" in (error := capsys.readouterr().err)
+    assert "say with backbone.path=DIR where that is now" in error
+    assert export(copied, tmp_path / "out", f"backbone.path={tiny_bert_dir}") == 0
+    assert export(copied, tmp_path / "other", "backbone.path=/not/there") == 1
+    assert f"/not/there: there is no such folder; the run was trained on {gone}" in capsys.readouterr().err
+
+
+def test_the_result_of_a_run_stands_for_the_run(text_run: Path, tmp_path: Path) -> None:
+    assert export(text_run / "result.json", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "autolora.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_files_have_the_usual_permissions(kind: str, text_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    export(text_run, tmp_path / "out", f"format={kind}")
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_a_full_disk(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert export(text_run, tmp_path / "out") == 1
+    error = f"error: {tmp_path / 'out'}: could not be written (No space left on device), and what was there before"
+    assert (found := capsys.readouterr().err).startswith(error)
+    assert found.endswith("free space and repeat the command\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_made(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "round").symlink_to("round")
+    for out in (tmp_path / "file" / "out", tmp_path / "round" / "out", tmp_path / ("x" * 300)):
+        assert export(text_run, out) == 1
+        assert (found := capsys.readouterr().err).startswith(f"error: {out}: could not be written (")
+        assert "name another place" in found
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "round"}
 
 
 def spoil(run: Path, what: str) -> None:
@@ -233,4 +319,7 @@ def test_a_wrong_command_line_has_its_own_code(
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
-    assert "usage: python -m autolora.export run=DIR out=DIR [format=peft|merged]" in capsys.readouterr().out
+    assert (
+        "usage: python -m autolora.export run=DIR out=DIR [format=peft|merged] [backbone.path=DIR]"
+        in capsys.readouterr().out
+    )

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from test_run import configure, sst2  # noqa: F401  fixtures
 
+import autolora.run
 from autolora.compose import compose
 from autolora.config import RunConfig
 from autolora.errors import BusyError, CheckpointError, DiskFullError
@@ -32,7 +33,7 @@ from autolora.files import append
 from autolora.results import RunDirectory
 from autolora.run import run_one
 from autolora.signals import Interrupted
-from autolora.training.checkpoints import Checkpoints, read
+from autolora.training.checkpoints import FORMAT, Checkpoints, read
 
 VARYING = {"seconds", "examples_per_second", "peak_memory_bytes", "git"}
 
@@ -151,7 +152,11 @@ def directory_in(run_root: Path) -> RunDirectory:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "autolora.train", *PLANTED, *arguments]
+    return launch(*PLANTED, *arguments)
+
+
+def launch(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "autolora.train", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -193,6 +198,83 @@ def test_the_real_command_killed_and_stopped_by_signals(tmp_path: Path) -> None:
     run_one(planted(tmp_path, *steps))
     assert outcome(planted(tmp_path, *steps, f"run_root={root}")) == outcome(planted(tmp_path, *steps))
     assert list(directory_in(root).checkpoints.glob("step-*")) == []
+
+
+def test_a_signal_to_the_whole_group_finds_workers_unmoved(
+    tiny_bert_dir: Path,
+    sst2: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """As Ctrl-C in a terminal sends it."""
+    text = (
+        "data.source=local", f"data.dir={sst2}", f"data.cache_dir={tmp_path / 'cache'}", "data.num_workers=1",
+        f"backbone.path={tiny_bert_dir}", "logger=csv", "max_rank=4", "budget.rank=2", "trainer.accelerator=cpu",
+        "trainer.precision=32-true", "trainer.enable_progress_bar=false", "trainer.max_epochs=500",
+        "trainer.checkpoint_every_n_steps=5", f"run_root={tmp_path / 'runs'}", "strategy=uniform",
+    )  # fmt: skip
+    step = 0
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = launch("task=sst2", *text)
+        wait_for_checkpoint_after(tmp_path / "runs", step, process)
+        os.killpg(process.pid, signum)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert err == f"{signum.name}: stopping after this step; once more stops at once\n"
+        result = directory_in(tmp_path / "runs").read_result()
+        assert result.status == "interrupted"
+        assert result.steps == newest_step(tmp_path / "runs") > step
+        assert "goes on from step-" in out
+        with pytest.raises(ProcessLookupError):  # no worker is left in the group
+            os.killpg(process.pid, 0)
+        step = result.steps
+
+
+@pytest.mark.parametrize("moment", ["make_problem", "make_strategy"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_before_the_fit_waits_for_the_step_and_is_recorded(
+    tmp_path: Path,
+    stopper: Stopper,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    resumed: bool,
+) -> None:
+    """At the step of the checkpoint, where there is one; what is kept is not touched."""
+    cfg = planted(tmp_path, "trainer.max_steps=20")
+    if resumed:
+        stopped_at(cfg, stopper, 11)
+    made: list[str] = []
+    original = getattr(autolora.run, moment)
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        made.append(moment)
+        return original(*arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(autolora.run, moment, interrupted)
+        patch.setattr("autolora.training.fit.fit", lambda *_: pytest.fail("trained"))
+        with pytest.raises(Interrupted) as stop:
+            run_one(cfg)
+    assert (stop.value.exit_code, made) == (143, [moment])
+    result = directory_in(cfg.run_root).read_result()
+    step = 11 if resumed else 0
+    assert (result.status, result.steps, result.compute.fit_steps) == ("interrupted", step, step)
+    goes_on = "goes on from step-00000011.ckpt" if resumed else "begins again"
+    assert f"interrupted by SIGTERM at step {step}; the same command {goes_on}" in capsys.readouterr().out
+    assert run_one(cfg).steps == 20
+
+
+def test_a_signal_before_a_forced_run_leaves_the_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = planted(tmp_path, "trainer.max_steps=2")
+    run_one(cfg)
+    before = directory_in(cfg.run_root).result.read_bytes()
+    original = autolora.run.make_problem
+    monkeypatch.setattr(autolora.run, "make_problem", lambda cfg: os.kill(os.getpid(), signal.SIGINT) or original(cfg))
+    with pytest.raises(Interrupted):
+        run_one(cfg.model_copy(update={"force": True}))
+    assert directory_in(cfg.run_root).result.read_bytes() == before
 
 
 @pytest.mark.slow
@@ -291,7 +373,7 @@ def test_the_last_two_checkpoints_are_kept_and_none_after_the_end(
     assert [path.name for path in files.checkpoints.glob("step-*")] == ["step-00000020.ckpt"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "folder", "no trainable", "no seconds", "no part"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, stopper: Stopper, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -300,9 +382,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     older, last = sorted(files.checkpoints.iterdir())
     content = last.read_bytes()
     middle = content.index(b"squared_gradient") if damage == "changed" else len(content) // 2
-    last.write_bytes(
-        {"cut": content[:middle], "changed": content[:middle] + b"X" + content[middle + 1 :], "empty": b""}[damage]
-    )
+    if damage == "folder":
+        last.unlink()
+        last.mkdir()
+        (last / "file").touch()
+    elif damage.startswith("no "):
+        checkpoint = torch.load(last, weights_only=True)
+        lacking = checkpoint["autolora"] if damage == "no seconds" else checkpoint
+        del lacking["autolora" if damage == "no part" else damage.removeprefix("no ")]
+        torch.save(checkpoint, last)
+    else:
+        last.write_bytes(
+            {"cut": content[:middle], "changed": content[:middle] + b"X" + content[middle + 1 :], "empty": b""}[damage]
+        )
     capsys.readouterr()
     run_one(cfg)
     said = capsys.readouterr().out.splitlines()
@@ -312,6 +404,53 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     run_one(other)
     assert outcome(cfg) == outcome(other)
     assert older.name == "step-00000009.ckpt"
+
+
+@pytest.mark.parametrize("part", ["text", [1], None])
+def test_what_is_no_part_of_ours_is_damage(
+    tmp_path: Path, stopper: Stopper, capsys: pytest.CaptureFixture[str], part: Any
+) -> None:
+    cfg = planted(tmp_path, "trainer.max_steps=20")
+    (last,) = stopped_at(cfg, stopper, 11).checkpoints.iterdir()
+    torch.save(torch.load(last, weights_only=True) | {"autolora": part}, last)
+    assert run_one(cfg).status == "complete"
+    assert f"{last} is damaged (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", [None, 0, FORMAT + 1])
+def test_another_format_is_refused(tmp_path: Path, stopper: Stopper, version: int | None) -> None:
+    cfg = planted(tmp_path, "trainer.max_steps=20")
+    (last,) = stopped_at(cfg, stopper, 11).checkpoints.iterdir()
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["autolora"]["format"] = version
+    torch.save(checkpoint, last)
+    with pytest.raises(CheckpointError, match=rf"of format {FORMAT}, got {version}: .*again with force=true"):
+        run_one(cfg)
+    assert run_one(cfg.model_copy(update={"force": True})).status == "complete"
+
+
+@pytest.mark.parametrize(("damage", "lost"), [("gone", 5), ("cut", 3), ("torn", 3), ("other", 5), ("binary", 5)])
+def test_lost_rows_of_history_are_said_and_do_not_stop_a_run(
+    tmp_path: Path, stopper: Stopper, capsys: pytest.CaptureFixture[str], damage: str, lost: int
+) -> None:
+    cfg = planted(tmp_path, "trainer.max_steps=20", "trainer.log_every_n_steps=2")
+    files = stopped_at(cfg, stopper, 9)
+    lines = files.history.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 5  # after steps 1, 2, 4, 6 and 8
+    if damage == "gone":
+        files.history.unlink()
+    else:
+        content = {"cut": "".join(lines[:3]), "torn": "".join(lines[:4])[:-3], "other": "a,b\n1,2\n", "binary": "x"}
+        files.history.write_bytes(b"\xff\xfe" if damage == "binary" else content[damage].encode())
+    capsys.readouterr()
+    assert run_one(cfg).status == "complete"
+    assert f"{files.history}: {lost} of 5 rows from before the checkpoint are lost\n" in capsys.readouterr().out
+    whole = cfg.model_copy(update={"run_root": tmp_path / "whole"})
+    run_one(whole)
+    broken, unbroken = outcome(cfg), outcome(whole)
+    expected = unbroken.pop("history")
+    assert broken.pop("history") == expected[: 5 - lost] + expected[5:]
+    assert broken == unbroken
 
 
 def test_without_a_readable_checkpoint_it_starts_again(

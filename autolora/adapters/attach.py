@@ -72,13 +72,13 @@ class Adapters:
         sites: Mapping[str, Site],
         layers: dict[str, LoRALinear],
         fully_trained: Sequence[str],
-        trained_biases: Sequence[nn.Parameter],
+        also_trained: Sequence[nn.Parameter],
     ) -> None:
         self.model = model
         self.sites = dict(sites)
         self.layers = layers
         self.fully_trained = list(fully_trained)
-        self.trained_biases = list(trained_biases)
+        self.also_trained = list(also_trained)
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
         self._freeze()
         self._pristine = self._copy_of_what_training_changes()
@@ -91,9 +91,9 @@ class Adapters:
     # What is trained -------------------------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A and B (and s where it is learned) of every module, and trained biases."""
+        """A and B (and s where it is learned) of every module, and what is trained besides: biases, most often."""
         own = [p for layer in self.layers.values() for p in layer.parameters(recurse=False)]
-        return own + self.trained_biases
+        return own + self.also_trained
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The selector logits of every module."""
@@ -153,14 +153,15 @@ class Adapters:
         return [name for name, value in state.items() if value.requires_grad or under(name, owners)]
 
     def count(self) -> dict[str, int]:
-        """Parameters: ``adapter`` (A and B), ``scale`` and ``bias`` where they are trained, ``gate``, ``head``, all
-        ``trainable`` ones, and ``total`` (with adapters).
+        """Parameters: ``adapter`` (A and B), ``added`` (scales that are learned), ``own`` (what is trained of the model
+        itself besides the head, biases most often), ``gate``, ``head``, all ``trainable`` ones, and ``total`` (with
+        adapters).
         """
         scales = [layer.scale for layer in self.layers.values() if isinstance(layer.scale, nn.Parameter)]
         return {
             "adapter": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self.layers.values()),
-            "scale": _numel(scales),
-            "bias": _numel(self.trained_biases),
+            "added": _numel(scales),
+            "own": _numel(self.also_trained),
             "gate": _numel(self.gate_parameters()),
             "head": _numel(self.head_parameters()),
             "trainable": _numel(p for p in self.model.parameters() if p.requires_grad),
@@ -290,12 +291,12 @@ class Adapters:
         return self.model
 
     def _freeze(self) -> None:
-        """Leave only the fully trained modules and the chosen biases trainable."""
+        """Leave trainable only the fully trained modules and what is trained besides."""
         self.model.requires_grad_(False)
         for name in self.fully_trained:
             self.model.get_submodule(name).requires_grad_(True)
-        for bias in self.trained_biases:
-            bias.requires_grad_(True)
+        for parameter in self.also_trained:
+            parameter.requires_grad_(True)
 
     def _copy_of_what_training_changes(self) -> dict[str, Tensor]:
         """Trainable parameters of the model itself, and all buffers, which a forward pass may update.

@@ -11,7 +11,7 @@ from autolora.adapters.layer import LoRALinear
 @torch.no_grad()
 def singular_values(layer: LoRALinear) -> Tensor:
     """Singular values of ``B diag(g) A`` (without s), descending, shape ``(r,)``, from the small core only."""
-    return _decompose(layer)[1]
+    return _decompose(layer.lora_B * layer.gate.evaluation_gate(), layer.lora_A)[1]
 
 
 @torch.no_grad()
@@ -26,29 +26,40 @@ def canonicalize(layer: LoRALinear) -> Tensor:
     The product that evaluation applies, and with it the output, stays the same to rounding: the values of the gate go
     into B, and the gate is fixed open. The caller resets the optimizer state of A and B, which is of the old basis.
 
-    A direction whose singular value is zero keeps a row of A of the usual size, and a zero column of B: with both at
-    zero it could never be learned.
-
     Returns:
         The singular values, descending, shape ``(r,)``.
     """
     layer.fix_gate(layer.gate.evaluation_gate())
-    left, sigma, right = _decompose(layer)
-    root = sigma.sqrt()
-    dead = sigma <= sigma[0] * 1e-6
-    typical = layer.lora_A.norm(dim=1).mean().to(root.dtype)
-    layer.lora_B.copy_(left * torch.where(dead, 0.0, root))
-    layer.lora_A.copy_(torch.where(dead, typical, root)[:, None] * right)
+    a, b, sigma = canonical_factors(layer.lora_A, layer.lora_B * layer.gate.evaluation_gate())
+    layer.lora_A.copy_(a)
+    layer.lora_B.copy_(b)
     layer.fix_gate(torch.ones(layer.rank))
     return sigma
 
 
-def _decompose(layer: LoRALinear) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), singular values (r,) and V^T (r, in) of ``B diag(g) A``, with the evaluation gate."""
-    with torch.autocast(layer.lora_A.device.type, enabled=False):
-        q_b, r_b = torch.linalg.qr(_at_least_float32(layer.lora_B * layer.gate.evaluation_gate()))
-        q_a, r_a = torch.linalg.qr(_at_least_float32(layer.lora_A.T))
-        u, sigma, vh = torch.linalg.svd(r_b @ r_a.T)
+@torch.no_grad()
+def canonical_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A and B of :func:`canonicalize`, and the singular values, for A ``(r, in)`` and B ``(out, r)`` of any rank.
+
+    There are ``k = min(r, in, out)`` components. A direction whose singular value is zero keeps a row of A of the usual
+    size, and a zero column of B: with both at zero it could never be learned.
+
+    Returns:
+        A ``(k, in)``, B ``(out, k)`` and the singular values, descending, ``(k,)``; at least in float32.
+    """
+    left, sigma, right = _decompose(b, a)
+    root = sigma.sqrt()
+    dead = sigma <= sigma[0] * 1e-6
+    typical = a.norm(dim=1).mean().to(root.dtype)
+    return torch.where(dead, typical, root)[:, None] * right, left * torch.where(dead, 0.0, root), sigma
+
+
+def _decompose(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), singular values (k,) and V^T (k, in) of ``B A``."""
+    with torch.autocast(a.device.type, enabled=False):
+        q_b, r_b = torch.linalg.qr(_at_least_float32(b))
+        q_a, r_a = torch.linalg.qr(_at_least_float32(a.T))
+        u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u, sigma, vh @ q_a.T
 
 

@@ -12,8 +12,6 @@ from autolora.adapters.layer import LoRALinear
 from autolora.adapters.select import under
 from autolora.errors import BackboneError
 
-SAMPLE = 4096
-"""Values of each tensor that take part, evenly spaced."""
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -21,9 +19,9 @@ _HALF = (torch.bfloat16, torch.float16)
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, str]:
     """Hashes of a model's own weights; adapters, attached or merged, do not show.
 
-    ``structure`` is of names and shapes; ``bfloat16`` and ``float16`` of a sample of the values rounded to that dtype,
-    so that a backbone loaded in half precision has the fingerprint that it has in float32. Rounding first to one of the
-    two and then to the other can differ from rounding once: a model in one of them lacks the other's hash.
+    ``structure`` is of names and shapes; ``bfloat16`` and ``float16`` of all values rounded to that dtype, so that a
+    backbone loaded in half precision has the fingerprint that it has in float32. Rounding first to one of the two and
+    then to the other can differ from rounding once: a model in one of them lacks the other's hash.
 
     Args:
         model: with or without adapters.
@@ -32,11 +30,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> dict[str, str]
     left_out = list(without)
     named = sorted((name, p) for name, p in own_parameters(model) if not under(name, left_out))
     structure = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in named]).encode())
-    samples = [p.detach().reshape(-1)[:: max(1, -(-p.numel() // SAMPLE))] for _, p in named]
+    tensors = [p.detach() for _, p in named]
     found = {"structure": structure.hexdigest()[:32]}
     for half, other in (_HALF, _HALF[::-1]):
-        if all(sample.dtype != other for sample in samples):
-            found[str(half).removeprefix("torch.")] = _digest(samples, half)
+        if all(tensor.dtype != other for tensor in tensors):
+            found[str(half).removeprefix("torch.")] = _digest(tensors, half)
     return found
 
 
@@ -80,9 +78,9 @@ def own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
             yield from own_parameters(child, f"{prefix}{name}.")
 
 
-def _digest(samples: Iterable[Tensor], dtype: torch.dtype) -> str:
+def _digest(tensors: Iterable[Tensor], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
-    for sample in samples:
-        rounded = sample.to(dtype) if sample.is_floating_point() else sample
-        digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        digest.update(rounded.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

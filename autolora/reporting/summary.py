@@ -9,10 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autolora.results import RunResult
+from autolora.results import Params, Planted, RunResult
 from autolora.roles import rank_grid
 
 _SHADES = ("grey35", "dark_blue", "blue", "cyan", "green", "yellow", "red")
+_CONTROLS = {
+    "found": "the ranks that were found",
+    "permuted": "a permutation of the ranks that were found",
+    "uniform": "uniform ranks of the same cost",
+}
 
 
 def heat_table(ranks: Mapping[str, int]) -> Table:
@@ -36,16 +41,14 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
     value = "undefined" if metrics.value is None else f"{metrics.value:.4f}"
     console.print(f"\n{result.strategy} on {result.task} ({result.data_source}), {result.backbone}, seed {result.seed}")
     console.print(f"  {metrics.primary}: [bold]{value}[/bold]" + _others(metrics.all, metrics.primary), highlight=False)
-    console.print("  " + _parameters(params.adapter, params.budget, params.head), highlight=False)
+    console.print("  " + _parameters(params), highlight=False)
     if result.planted is not None:
-        planted = result.planted
-        console.print(
-            f"  planted ranks found exactly in {planted.exact_fraction:.0%} of the modules: true "
-            f"{list(planted.true.values())}, found {list(planted.found.values())}",
-            highlight=False,
-        )
+        console.print("  " + _found(result.planted), highlight=False)
+    if result.retrain != "none":
+        console.print(f"  trained again at {_CONTROLS[result.retrain]}", highlight=False)
     console.print(heat_table(result.ranks))
-    parts = ", ".join(f"{name} {getattr(seconds, name):.1f}" for name in ("fit", "select", "evaluate"))
+    spent = {name: getattr(seconds, name) for name in ("fit", "select", "retrain", "evaluate")}
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items() if value)
     console.print(
         f"  {seconds.total:.1f} s ({parts}), {result.steps} steps, {result.examples_per_second:.0f} examples/s",
         highlight=False,
@@ -53,6 +56,17 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
     for note in result.notes:
         console.print(f"  note: {note}", highlight=False)
     console.print(f"  written to {directory}", highlight=False, soft_wrap=True)
+
+
+def _found(planted: Planted) -> str:
+    """True and found ranks one by one where that can be read, else how far they are apart."""
+    exact = f"planted ranks found exactly in {planted.exact_fraction:.0%} of the modules"
+    true = list(planted.true.values())
+    found = [planted.found.get(name, 0) for name in planted.true]
+    if len(true) <= 12:
+        return f"{exact}: true {true}, found {found}"
+    apart = sum(abs(a - b) for a, b in zip(true, found, strict=True)) / len(true)
+    return f"{exact}; {apart:.2f} components off on average"
 
 
 def _shaded(rank: int, largest: int) -> Text:
@@ -65,9 +79,11 @@ def _others(metrics: Mapping[str, float | None], primary: str) -> str:
     return f"  ({', '.join(rest)})" if rest else ""
 
 
-def _parameters(adapter: int, budget: int | None, head: int) -> str:
+def _parameters(params: Params) -> str:
+    adapter, budget = params.adapter, params.budget
     if budget is None:
         against = "no budget"
     else:
         against = f"{100 * adapter / budget:.1f} % of the budget of {budget:,}" if budget else "the budget is 0"
-    return f"adapter parameters: {adapter:,} ({against}); head: {head:,}"
+    besides = f"; besides: {params.extra:,}" if params.extra else ""
+    return f"adapter parameters: {adapter:,} ({against}); head: {params.head:,}{besides}"

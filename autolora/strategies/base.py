@@ -26,9 +26,9 @@ that a configuration is checked before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from autolora.adapters import Adapters, AdapterSettings, Gate
+    from autolora.config import Conflict, RunConfig
 
 Batch = dict[str, Any]
 LossFn = Callable[["nn.Module", Batch], "Tensor"]
@@ -51,6 +52,10 @@ class StrategyOptions(BaseModel):
     """Base of every strategy's options: what may stand under ``strategy`` in the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def conflicts_with(self, config: RunConfig) -> Iterator[Conflict]:
+        """What of the rest of the configuration does not go with the strategy."""
+        yield from ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Strategy(Generic[OptionsT]):
         max_rank: the largest rank of any module.
 
     Attributes:
+        scored_by: what the score of a plan is: the primary metric, or the negative loss, which is finer.
         largest: the plan of maximum ranks, from :meth:`attach` on.
         allowance: the budget in parameters, ``None`` without one, from :meth:`attach` on.
         model: what :meth:`attach` was given.
@@ -94,6 +100,7 @@ class Strategy(Generic[OptionsT]):
 
     Options: ClassVar[type[StrategyOptions]]
     wants_heldout: ClassVar[bool] = False
+    scored_by: Literal["metric", "loss"] = "metric"
     largest: RankPlan
     allowance: int | None
     model: nn.Module

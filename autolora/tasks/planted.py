@@ -100,16 +100,20 @@ def plant(
             raise ConfigError(f"task.ranks: {name} takes 0 to {site.full_rank} (min(in, out)), got {rank}")
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     for (name, site), rank in zip(sites.items(), ranks, strict=True):
-        left, _ = torch.linalg.qr(torch.randn(site.out_features, max(rank, 1), generator=generator))
-        right, _ = torch.linalg.qr(torch.randn(site.in_features, max(rank, 1), generator=generator))
-        decay = torch.arange(1, rank + 1) if profile == "decaying" else torch.ones(rank)
         with torch.no_grad():
-            weight = teacher.get_submodule(name).weight
-            weight += (left[:, :rank] * (singular_value / decay)) @ right[:, :rank].T
+            teacher.get_parameter(f"{name}.weight").add_(update(site, rank, singular_value, profile, generator))
     teacher.requires_grad_(False)
     return TeacherStudent(teacher, student, RankPlan(sites, dict(zip(sites, ranks, strict=True))), noise)
 
 
+def update(site: Site, rank: int, singular_value: float, profile: Profile, generator: torch.Generator) -> Tensor:
+    """A dW of known rank: ``(out, in)``, with random singular vectors; see :func:`plant`."""
+    left, _ = torch.linalg.qr(torch.randn(site.out_features, max(rank, 1), generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(site.in_features, max(rank, 1), generator=generator))
+    decay = torch.arange(1, rank + 1) if profile == "decaying" else torch.ones(rank)
+    return (left[:, :rank] * (singular_value / decay)) @ right[:, :rank].T
+
+
 def exact_fraction(true: Mapping[str, int], found: Mapping[str, int]) -> float:
     """Share of modules whose found rank is the true one."""
-    return sum(found[name] == rank for name, rank in true.items()) / len(true)
+    return sum(found.get(name, 0) == rank for name, rank in true.items()) / len(true)

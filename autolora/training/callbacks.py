@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from autolora.training.module import AdapterModule
 class History(pl.Callback):
     """Writes ``history.csv``: a row every ``every`` steps, at once, and the same numbers to the logger.
 
-    A fit that is resumed goes on with the file as it was at the checkpoint. A second training has a file of its own,
-    and counts its steps to the logger from ``logged_before`` on.
+    A fit that is resumed goes on with the file as it was at the checkpoint; rows that are no longer there are lost, and
+    ``say`` tells the user. A second training has a file of its own, and counts its steps to the logger from
+    ``logged_before`` on.
 
     Columns: step, epoch, seconds of training, mean training loss since the last row, held-out score (where one was
     just measured), parameters and components that are active, learning rates, what the strategy reports, and the rank
     of every module.
     """
 
-    def __init__(self, path: Path, every: int, logged_before: int = 0) -> None:
-        self.path, self.every, self.logged_before = path, every, logged_before
+    def __init__(self, path: Path, every: int, logged_before: int = 0, say: Callable[[str], None] = print) -> None:
+        self.path, self.every, self.logged_before, self.say = path, every, logged_before, say
         self.latest: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._written_at = -1
@@ -38,8 +40,9 @@ class History(pl.Callback):
         self._header: list[str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows that are written, losses that wait for theirs, and the seconds so far."""
+        """The columns, rows that are written, losses that wait for theirs, and the seconds so far."""
         return {
+            "header": self._header,
             "rows": self._rows,
             "written_at": self._written_at,
             "losses": torch.stack(self._losses) if self._losses else torch.zeros(0),
@@ -48,6 +51,7 @@ class History(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
+        self._header = state_dict["header"]
         self._rows, self._written_at = state_dict["rows"], state_dict["written_at"]
         self._losses, self._seconds = list(state_dict["losses"]), state_dict["seconds"]
 
@@ -57,10 +61,27 @@ class History(pl.Callback):
         self._losses = [loss.to(pl_module.device) for loss in self._losses]
         if not trainer.is_global_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self._rows else []
-        write_text_atomic(self.path, "".join(lines[: 1 + self._rows]))
-        self._header = next(csv.reader(lines), None)
+        lines = self._lines_so_far()
+        write_text_atomic(self.path, "".join(lines))
+        self._header = self._header if lines else None
+        self._rows = max(0, len(lines) - 1)
         self._file = io.FileIO(self.path, "a")
+
+    def _lines_so_far(self) -> list[str]:
+        """Header and rows as at the checkpoint, or those that are still there."""
+        if not self._rows:
+            return []
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[: 1 + self._rows]
+        except (OSError, UnicodeDecodeError):
+            lines = []
+        if next(csv.reader(lines), None) != self._header:
+            lines = []
+        if len(lines) < 1 + self._rows:
+            lines = lines if lines and lines[-1].endswith("\n") else lines[:-1]
+            lost = self._rows - max(0, len(lines) - 1)
+            self.say(f"{self.path}: {lost} of {self._rows} rows from before the checkpoint are lost")
+        return lines
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

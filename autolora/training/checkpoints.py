@@ -15,8 +15,10 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +36,15 @@ from autolora.signals import Interrupted, Signals
 from autolora.training.module import AdapterModule
 
 KEPT = 2
+FORMAT = 1
 _OURS = "autolora"
+_OUR_KEYS = {
+    "run", "step", "total_steps", "finished", "should_stop", "position", "random", "seconds", "logger",
+}  # fmt: skip
+_KEYS = {
+    _OURS, "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "trainable", "strategy",
+    "steps_done", "examples_seen", "heldout_taken",
+}  # fmt: skip
 _SUFFIX = ".ckpt"
 
 
@@ -58,7 +68,7 @@ class Checkpoint:
 
 
 class _DamagedError(Exception):
-    """A file was cut short, or changed."""
+    """A file was cut short, or changed, or is no checkpoint of ours."""
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -73,7 +83,7 @@ def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | N
         say: tells the user.
 
     Raises:
-        CheckpointError: if one carries code, or is of another run.
+        CheckpointError: if one carries code, or is of another run or another format.
     """
     for path in _by_age(folder):
         try:
@@ -88,7 +98,7 @@ def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | N
 def discard(folder: Path) -> None:
     """Delete the checkpoints of a run that is complete, and their folder."""
     for path in _by_age(folder):
-        path.unlink(missing_ok=True)
+        _delete(path)
     with suppress(OSError):  # something else is in it
         folder.rmdir()
 
@@ -98,11 +108,27 @@ def _by_age(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-*{_SUFFIX}"), reverse=True)
 
 
+def _delete(path: Path) -> None:
+    """Also where something has put a folder in the place of a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def _checked(path: Path, run: str) -> dict[str, Any]:
     checkpoint = read(path)
-    if not isinstance(checkpoint, dict) or _OURS not in checkpoint:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: delete it, or start again with force=true")
-    if checkpoint[_OURS]["run"] != run:
+    ours = checkpoint.get(_OURS) if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict):
+        raise _DamagedError("it does not say whose it is")
+    if ours.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of format {FORMAT}, got {ours.get('format')}: it is of another version of "
+            "this program; start again with force=true"
+        )
+    missing = sorted((_KEYS - checkpoint.keys()) | (_OUR_KEYS - ours.keys()))
+    if missing:
+        raise _DamagedError(f"it lacks {', '.join(missing)}")
+    if ours["run"] != run:
         raise CheckpointError(
             f"{path} is of another configuration or other data: delete it, or start again with force=true"
         )
@@ -122,7 +148,7 @@ def read(path: Path) -> dict[str, Any]:
             raise CheckpointError(refused)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             changed = archive.testzip()  # torch itself does not look at the checksums
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise _DamagedError(str(error)) from None
     if changed is not None:
         raise _DamagedError(f"wrong checksum of {changed}")
@@ -240,11 +266,14 @@ class Checkpoints(pl.Callback):
         """A fit that had come to its end is not trained further."""
         trainer.should_stop = self._should_stop
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """From here on a signal waits for the end of a step."""
+        self.signals.deferred = True
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on a signal waits for the end of a step; Lightning's own handlers would not."""
+        """Signals are ours again: Lightning has put handlers of its own in place, which would not wait."""
         self._time = time.monotonic()
         self.signals.take_over()
-        self.signals.deferred = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -283,6 +312,7 @@ class Checkpoints(pl.Callback):
         """Add what Lightning leaves out, and count the batch that is there as not begun."""
         assert isinstance(pl_module, AdapterModule)
         checkpoint[_OURS] = {
+            "format": FORMAT,
             "run": self.run,
             "step": pl_module.steps_done,
             "total_steps": pl_module.total_steps,
@@ -314,11 +344,13 @@ class Checkpoints(pl.Callback):
         if self._finished or module.steps_done != self._step:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero and path.is_dir():
+                _delete(path)
             trainer.save_checkpoint(path)
             self._step = module.steps_done
         if trainer.is_global_zero:
             for old in _by_age(self.folder)[KEPT:]:
-                old.unlink(missing_ok=True)
+                _delete(old)
 
     def _restore_streams(self) -> None:
         if self._random is not None:

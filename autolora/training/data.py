@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from autolora.errors import DataError
+from autolora.signals import held_back, leave_to_parent
 from autolora.tasks.records import Split
 from autolora.training.batches import BucketSampler, TokenBatches, Tokens, tokenize_cached
 from autolora.training.problem import Batches
@@ -18,8 +19,16 @@ from autolora.training.problem import Batches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Loader = DataLoader[dict[str, Tensor]]
 FIT, HELDOUT = "fit", "heldout"
+
+
+class Loader(DataLoader[dict[str, Tensor]]):
+    """A loader whose worker processes never run the signal handlers of the process that they are copied from."""
+
+    def __iter__(self) -> Any:
+        """A pass over the batches."""
+        with held_back():
+            return super().__iter__()
 
 
 class TextDataModule(Batches):
@@ -142,12 +151,13 @@ class TextDataModule(Batches):
             regression=self.regression,
             pad_type=self.tokenizer.pad_token_type_id,
         )
-        return DataLoader(
+        return Loader(
             batches,
             batch_size=None,  # the sampler yields whole batches
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_to_parent,
             pin_memory=torch.cuda.is_available(),
             # Without a generator of its own, every pass over a loader would draw from the global stream.
             generator=torch.Generator().manual_seed(self.seed),

@@ -75,6 +75,7 @@ class AdapterModule(pl.LightningModule):
         self.snapshot_every = snapshot_every
         self.strict_loading = False  # checkpoints hold what training changes, which is loaded here
         self.steps_done = self.total_steps = 0
+        self.peak_trainable = 0  # parameters; strategies only take away once they have begun
         self.examples_seen = 0
         self.last_loss: Tensor | None = None
         self.last_good: tuple[int, dict[str, Tensor]] = (0, strategy.adapters.trainable_state())
@@ -88,6 +89,7 @@ class AdapterModule(pl.LightningModule):
         self.total_steps = total = int(self.trainer.estimated_stepping_batches)
         optimizer = self._optimizer()
         self.strategy.begin(total, optimizer)
+        self.peak_trainable = self.strategy.adapters.count()["trainable"]
         if self._restored is not None:  # the model that begin() saw had its first ranks
             self._restore(self._restored)
             optimizer = self._optimizer()
@@ -153,7 +155,7 @@ class AdapterModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the outputs on the held-out slice."""
         logits = self.problem.forward(self.model, batch).float().cpu()
-        self._heldout_outputs.append((batch["index"].cpu(), logits, batch["labels"].cpu()))
+        self._heldout_outputs.append((batch["index"].cpu(), logits, self.problem.labels(batch).cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Score the held-out slice: ``heldout`` is the primary metric, as a number to maximise."""
@@ -184,6 +186,7 @@ class AdapterModule(pl.LightningModule):
         checkpoint["trainable"] = self.strategy.adapters.trainable_state()
         checkpoint["strategy"] = self.strategy.state_dict()
         checkpoint["steps_done"] = self.steps_done
+        checkpoint["peak_trainable"] = self.peak_trainable
         checkpoint["examples_seen"] = self.examples_seen
         checkpoint["heldout_taken"] = self._heldout_taken
 
@@ -204,6 +207,7 @@ class AdapterModule(pl.LightningModule):
         self.strategy.load_state_dict(checkpoint["strategy"])
         self.steps_done, self.examples_seen = checkpoint["steps_done"], checkpoint["examples_seen"]
         self._heldout_taken = checkpoint["heldout_taken"]
+        self.peak_trainable = checkpoint["peak_trainable"]
         self.last_good = (self.steps_done, checkpoint["trainable"])
         self._restored = None
 

@@ -72,6 +72,7 @@ class PlantedRegression(Problem):
         self.pair = pair
         self.data_fingerprint = fingerprint
         self.batch_size, self.eval_size, self.seed = batch_size, eval_size, seed
+        self.true_plan: RankPlan = pair.true_plan
         self.default_budget = Budget(params=pair.true_plan.params)
 
     def build(self, *, all_rows: bool = False) -> None:
@@ -81,11 +82,6 @@ class PlantedRegression(Problem):
         with torch.no_grad():
             batch = self._rows("dev")
             self.bare_error = float(F.mse_loss(self.model(batch["inputs"]), batch["labels"]))
-
-    @property
-    def true_plan(self) -> RankPlan:
-        """The planted ranks."""
-        return self.pair.true_plan
 
     def heldout_batches(self, start: int = 0) -> Iterable[Batch]:
         """Fresh batches that training does not see."""

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from autolora.errors import NonFiniteLossError
-from autolora.plan import Budget
+from autolora.plan import Budget, RankPlan
 from autolora.strategies.base import Batch
 
 
@@ -70,6 +70,9 @@ class Problem(ABC):
         primary: name of the primary metric.
         threads: CPU threads that its operations are worth; ``None`` leaves torch's choice.
         dev_splits: names of the evaluation splits, the main one first.
+        true_plan: the ranks that are to be found, where they are known.
+        peft_task_type: what PEFT calls the task of the model, if anything.
+        fresh: names of what the model has and its pretrained weights lack, from :meth:`build` on.
     """
 
     name: str
@@ -83,6 +86,9 @@ class Problem(ABC):
     primary: str
     threads: int | None = None
     dev_splits: tuple[str, ...] = ("dev",)
+    true_plan: RankPlan | None = None
+    peft_task_type: str | None = None
+    fresh: Sequence[str] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -123,9 +129,13 @@ class Problem(ABC):
     def scores(self, outputs: dict[str, Outputs]) -> Scores:
         """Metrics of the outputs on one or more splits; the primary metric is that of the first."""
 
+    def labels(self, batch: Batch) -> Tensor:
+        """What the outputs shall be."""
+        return batch["labels"]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch, with its graph."""
-        return self.criterion(self.forward(model, batch), batch["labels"])
+        return self.criterion(self.forward(model, batch), self.labels(batch))
 
     def predictions(self, outputs: Outputs) -> Sequence[float]:
         """What the model predicts for each row: a class, or a score."""
@@ -149,7 +159,7 @@ def evaluate(problem: Problem, model: nn.Module, split: str, device: torch.devic
     for batch in problem.eval_batches(split):
         batch = {key: value.to(device) for key, value in batch.items()}
         logits.append(problem.forward(model, batch).float().cpu())
-        labels.append(batch["labels"].cpu())
+        labels.append(problem.labels(batch).cpu())
         index.append(batch["index"].cpu())
     model.train(was_training)
     return in_order(index, logits, labels, split)

@@ -52,6 +52,7 @@ class TextProblem(Problem):
     """
 
     default_budget = Budget(rank=4)
+    peft_task_type: str | None = "SEQ_CLS"
 
     def __init__(
         self,
@@ -83,9 +84,11 @@ class TextProblem(Problem):
             **self._weights,
             num_labels=self.task.num_labels,
             problem_type=self.task.problem_type,
+            labels=self.task.labels,
             head_seed=settings.head_seed,
         )
         self.model = self.pretrained.model
+        self.fresh: Sequence[str] = (*self.pretrained.fresh, *head_modules(self.model))
         if self.task.regression:
             centre_head(self.model, float(statistics.fmean(self.splits[FIT].labels)))
         splits = self.splits

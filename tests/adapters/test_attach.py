@@ -184,7 +184,7 @@ def test_biases() -> None:
     assert {name.replace("base_layer.", "") for name in trainable(model)} == head | every
     assert "bert.embeddings.LayerNorm.bias" in every
     count = sum(adapters.model.get_parameter(n).numel() for n in trainable(model) - head)
-    assert sum(p.numel() for p in adapters.trained_biases) == count
+    assert sum(p.numel() for p in adapters.also_trained) == count
 
 
 def test_fused_biases_count_as_biases() -> None:
@@ -225,7 +225,7 @@ def test_count_and_summary_by_hand() -> None:
     plan = RankPlan.uniform(find_sites(model, settings), 3)
     adapters = attach(model, settings, plan, lambda name, rank: SelectorGate(rank))
     # A 3 x 6 and B 4 x 3; the scale; three logits; the head 4 x 2 + 2; the base 6 x 4 + 4
-    counted = {"adapter": 30, "scale": 1, "bias": 0, "gate": 3, "head": 10, "trainable": 44, "total": 44 + 28}
+    counted = {"adapter": 30, "added": 1, "own": 0, "gate": 3, "head": 10, "trainable": 44, "total": 44 + 28}
     assert adapters.count() == counted
     assert adapters.summary() == "trainable parameters: 44 of 72 (61.11 %)"
     assert sum(p.numel() for p in adapters.gate_parameters()) == 3

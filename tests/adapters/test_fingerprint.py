@@ -10,7 +10,7 @@ from adapters.tiny_models import FAMILIES, inputs_for, make, output, randomize
 from torch import nn
 
 from autolora.adapters import AdapterSettings, attach, compact, find_sites
-from autolora.adapters.fingerprint import SAMPLE, check_fingerprint, fingerprint
+from autolora.adapters.fingerprint import check_fingerprint, fingerprint
 from autolora.errors import BackboneError
 from autolora.plan import RankPlan
 
@@ -64,16 +64,37 @@ def test_double_rounding_would_not_agree() -> None:
     assert not torch.equal(x.half().bfloat16(), x.bfloat16())
 
 
-def test_values_from_everywhere_in_a_large_tensor_count() -> None:
-    model = nn.Linear(300, 301, bias=False)
-    step = -(-model.weight.numel() // SAMPLE)
-    expected = fingerprint(model)
-    for position in (0, 10 * step, (model.weight.numel() - 1) // step * step):
-        other = copy.deepcopy(model)
+def test_every_value_of_a_large_tensor_counts() -> None:
+    """Its width has many divisors: a sample at even distances would see a few columns only."""
+    model = nn.Linear(1536, 384, bias=False)
+    expected, regions = fingerprint(model), [(slice(None), slice(1, 40)), (slice(7, 8), slice(None))]
+    for row, column in torch.randint(384, (20, 2), generator=torch.Generator().manual_seed(0)).tolist():
+        regions.append((slice(row, row + 1), slice(4 * column, 4 * column + 1)))
+    for region in regions:
+        before = model.weight.detach().clone()
         with torch.no_grad():
-            other.weight.view(-1)[position] += 0.5
-        assert fingerprint(other) != expected
-    assert model.weight[:, ::step].shape != model.weight.shape
+            model.weight[region] = 0
+        found = fingerprint(model)
+        assert found["structure"] == expected["structure"]
+        assert found["bfloat16"] != expected["bfloat16"]
+        assert found["float16"] != expected["float16"]
+        with torch.no_grad():
+            model.weight.copy_(before)
+    assert fingerprint(model) == expected
+
+
+def test_scalars_integers_and_layouts_in_memory() -> None:
+    """A parameter without dimensions, one that is not floating point, and one that is not contiguous."""
+    model = nn.Module()
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    model.a, model.b = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.arange(4), requires_grad=False)
+    model.c = nn.Parameter(weight.T.contiguous().T)
+    assert not model.c.is_contiguous()
+    expected = fingerprint(model)
+    model.c = nn.Parameter(weight)
+    assert fingerprint(model) == expected
+    model.b += 1
+    assert fingerprint(model) != expected
 
 
 def test_names_are_left_out_whole() -> None:

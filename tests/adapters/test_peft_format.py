@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny_models
-from adapters.tiny_models import FAMILIES, Shared, inputs_for, output, randomize, snapshot
+from adapters.tiny_models import BASE, FAMILIES, Shared, inputs_for, output, randomize, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from autolora.adapters import Adapters, AdapterSettings, SelectorGate, Targets, attach, compact, find_sites
 from autolora.adapters.bare import merged
@@ -336,6 +337,32 @@ def test_stock_adapters_load_with_equal_logits(case: str, tmp_path: Path) -> Non
     assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(base).items())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("initialised", ["trained", "as PEFT begins"])
+def test_ranks_above_those_that_a_product_can_have(initialised: str, tmp_path: Path) -> None:
+    """PEFT takes any r: 40 on layers of width 32, and 4 on a classifier of two labels."""
+    base = BertForSequenceClassification(BertConfig(**BASE | {"hidden_size": 32, "num_labels": 2})).eval()
+    targets = ["query", "intermediate.dense", "classifier"]
+    config = LoraConfig(r=40, lora_alpha=20, use_rslora=True, target_modules=targets, rank_pattern={"classifier": 4})
+    theirs, batch = get_peft_model(copy.deepcopy(base), config), inputs_for("bert")
+    if initialised == "trained":
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(str(tmp_path / "stock"))
+    before, expected = logits(base, batch), logits(theirs, batch)
+    assert ((expected - before).abs().max() > 1e-2) == (initialised == "trained")
+    adapters = load_peft(base, str(tmp_path / "stock"))
+    close(logits(base, batch), expected)
+    ranks = {name.rpartition(".")[2]: rank for name, rank in adapters.attached_plan().items()}
+    assert ranks == {"query": 32, "dense": 24, "classifier": 2}
+    assert all((layer.lora_A.norm(dim=1) > 1e-3).all() for layer in adapters.layers.values())  # can still be learned
+    save_peft(adapters, tmp_path / "ours", base_model="tiny", task_type=None)
+    adapters.detach()
+    close(logits(in_peft(base, tmp_path / "ours"), batch), expected)
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -475,9 +502,40 @@ def test_another_head_is_not_another_backbone(ours: Path) -> None:
 
 def test_a_sidecar_of_another_schema_is_refused(ours: Path) -> None:
     sidecar = json.loads((ours / "autolora.json").read_text())
-    (ours / "autolora.json").write_text(json.dumps(sidecar | {"schema": 99}))
-    with pytest.raises(DataError, match="expected schema 1, got 99"):
+    for schema in (1, 99, None):
+        (ours / "autolora.json").write_text(json.dumps(sidecar | {"schema": schema}))
+        with pytest.raises(DataError, match=f"expected schema 2, got {schema}: another version of AutoLoRA"):
+            load_peft(make("bert"), ours)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "lacking"),
+    [
+        ("fingerprint", None, "fingerprint.hashes, fingerprint.without"),
+        ("fingerprint", {"hashes": {}, "without": "x"}, "fingerprint.without"),
+        ("ranks", [], "ranks"),
+        ("base_model", None, "base_model"),
+    ],
+)
+def test_a_sidecar_that_lacks_something_is_a_clear_error(key: str, value: Any, lacking: str, ours: Path) -> None:
+    sidecar = json.loads((ours / "autolora.json").read_text())
+    (ours / "autolora.json").write_text(json.dumps(sidecar | {key: value}))
+    with pytest.raises(DataError, match=rf"autolora\.json: damaged: {lacking} missing or malformed"):
         load_peft(make("bert"), ours)
+
+
+@pytest.mark.parametrize("modules_to_save", [[], ["bert.pooler"], ["classifier"]])
+def test_a_fresh_head_belongs_to_the_adapter_whether_trained_or_not(modules_to_save: list[str], tmp_path: Path) -> None:
+    base, batch = make("bert"), inputs_for("bert")
+    model = copy.deepcopy(base)
+    adapters = trained(model, batch, modules_to_save=modules_to_save)
+    save_peft(adapters, tmp_path / "a", base_model="tiny", task_type="SEQ_CLS", fresh=["classifier"])
+    assert "classifier" in (read_sidecar(tmp_path / "a") or {})["fingerprint"]["without"]
+    with torch.no_grad():
+        base.classifier.weight.normal_()
+    close(logits(in_peft(copy.deepcopy(base), tmp_path / "a"), batch), logits(model, batch))
+    load_peft(base, tmp_path / "a")
+    close(logits(base, batch), logits(model, batch))
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

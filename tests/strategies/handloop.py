@@ -70,7 +70,7 @@ def fit(
         batch = next(batches)
         if strategy.wants_heldout:
             strategy.heldout_step(batch, next(heldout), loss_fn)
-        loss = loss_fn(model, batch)
+        loss = strategy.training_loss(model, batch, loss_fn)
         penalty = strategy.penalty(loss)
         optimizer.zero_grad()
         (loss if penalty is None else loss + penalty).backward()

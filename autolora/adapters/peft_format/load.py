@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autolora.adapters.attach import Adapters, AdapterSettings, attach
+from autolora.adapters.canonical import canonical_factors
 from autolora.adapters.fingerprint import check_fingerprint
 from autolora.adapters.linear_like import site_of
 from autolora.adapters.peft_format.names import PREFIX, outermost, pattern_value, with_ties, wrapped_in_full
@@ -47,6 +48,12 @@ _UNSUPPORTED_TENSORS = {
 }
 
 
+# What has to be in autolora.json for the adapter to be loaded.
+_FIELDS = {
+    "base_model": str, "sites": dict, "ranks": dict, "fingerprint.hashes": dict, "fingerprint.without": list,
+}  # fmt: skip
+
+
 @dataclass
 class _Contents:
     """The tensors of an adapter file by what they are, under the names of the model.
@@ -61,12 +68,14 @@ class _Contents:
     other: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load_peft(model: nn.Module, directory: Path) -> Adapters:
+def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
     """Attach a stored PEFT LoRA adapter to a model, which then computes what it computes under PEFT.
 
     Modules and ranks are those of the tensors in the file; PEFT's scale, alpha / r or alpha / sqrt(r), goes into B
-    relative to our constant s. Modules and biases that were saved in full become trained ones, so that
-    :meth:`Adapters.detach` gives the model back as it was.
+    relative to our constant s. PEFT lets a rank be above ``min(in, out)``, which no product B A can have: such factors
+    are replaced by as many components as there can be, with the same product to rounding
+    (:func:`autolora.adapters.canonical.canonical_factors`). Modules and biases that were saved in full become trained
+    ones, so that :meth:`Adapters.detach` gives the model back as it was.
 
     Args:
         model: the backbone, without adapters. Unchanged if the adapter is refused.
@@ -78,8 +87,9 @@ def load_peft(model: nn.Module, directory: Path) -> Adapters:
         TargetError: if the adapter is not a plain LoRA adapter of linear modules, or does not fit the model.
         BackboneError: if the model is not the backbone that the adapter was trained on.
     """
+    directory = Path(directory)
     config, sidecar = read_config(directory), read_sidecar(directory)
-    contents = _sort(_read_tensors(directory))
+    contents = _sort(read_tensors(directory))
     if sidecar is not None:
         fingerprint = sidecar["fingerprint"]
         check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], sidecar["base_model"])
@@ -88,6 +98,7 @@ def load_peft(model: nn.Module, directory: Path) -> Adapters:
     in_full, biases = _trained_in_full(model, config, contents.other)
     _check_fit(model, contents, in_full)
     scaling = {name: _scaling(config, name, len(a)) for name, a in contents.a.items()}
+    _cut_to_full_rank(contents)
     sites = _sites(model, contents, sidecar, in_full)
     owners = {name.rpartition(".")[0] for name in biases}
     settings = AdapterSettings(
@@ -138,7 +149,15 @@ def read_sidecar(directory: Path) -> dict[str, Any] | None:
         return None
     sidecar = _read_json(file)
     if sidecar.get("schema") != SCHEMA:
-        raise DataError(f"{file}: expected schema {SCHEMA}, got {sidecar.get('schema')}; export the run again")
+        raise DataError(
+            f"{file}: expected schema {SCHEMA}, got {sidecar.get('schema')}: another version of AutoLoRA has written "
+            "it; use that one, or train the run again with force=true and export it"
+        )
+    inner = sidecar.get("fingerprint")
+    found = sidecar | {f"fingerprint.{key}": value for key, value in (inner if isinstance(inner, dict) else {}).items()}
+    lacking = [key for key, kind in _FIELDS.items() if not isinstance(found.get(key), kind)]
+    if lacking:
+        raise DataError(f"{file}: damaged: {', '.join(lacking)} missing or malformed; copy or export the adapter again")
     return sidecar
 
 
@@ -149,7 +168,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors`` under the names in the file.
+
+    Raises:
+        DataError: if it is missing or damaged.
+    """
     file = directory / WEIGHTS
     if not file.is_file():
         binary = "; a .bin file can carry code and is not read" if (directory / "adapter_model.bin").exists() else ""
@@ -225,6 +249,14 @@ def _check_fit(model: nn.Module, contents: _Contents, in_full: Iterable[str]) ->
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise TargetError(f"the adapter does not fit the model: {'; '.join(faults[:3])}{more}; load its own backbone")
+
+
+def _cut_to_full_rank(contents: _Contents) -> None:
+    """Write factors of more components than ``min(in, out)`` with that many; in double precision on the way."""
+    for name, a in contents.a.items():
+        b = contents.b[name]
+        if len(a) > min(a.shape[1], b.shape[0]):
+            contents.a[name], contents.b[name], _ = canonical_factors(a.double(), b.double())
 
 
 def _sites(

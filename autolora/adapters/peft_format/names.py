@@ -87,6 +87,12 @@ def with_ties(model: nn.Module, modules: Iterable[str]) -> list[str]:
     return outermost([*chosen, *(name.rpartition(".")[0] for name, p in named if id(p) in inside)])
 
 
+def modules_of(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The modules that these names of modules and parameters stand for: a parameter for the one that holds it."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return [name if name in modules else name.rpartition(".")[0] for name in names]
+
+
 def outermost(names: Iterable[str]) -> list[str]:
     """The names without those inside another one."""
     chosen = list(dict.fromkeys(names))

@@ -21,6 +21,7 @@ from autolora.adapters.peft_format.names import (
     PREFIX,
     exactly,
     heads_of,
+    modules_of,
     outermost,
     places,
     target_modules,
@@ -31,7 +32,7 @@ from autolora.adapters.select import linear_modules, under
 from autolora.errors import TargetError
 from autolora.files import dump_json, replacing_directory
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "autolora.json"
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -65,24 +66,23 @@ def save_peft(
 
     The first two are what PEFT reads. Scale and gates are in B, components that are switched off are left out, and
     alpha equals the rank of each module, so that PEFT multiplies by 1. Modules that PEFT cannot load as an adapter on
-    the published backbone are written in full, with their update merged: the trained head; parameters that the
-    pretrained weights lack, which start at random in every other process; modules whose name ends like that of a head;
-    modules that the model holds in two places; and what is tied to any of these.
+    the published backbone are written in full, with their update merged: the trained head; what the pretrained weights
+    lack, which starts at random in every other process, such as a head that is not trained; modules whose name ends
+    like that of a head; modules that the model holds in two places; and what is tied to any of these.
 
     Args:
         adapters: before or after :func:`autolora.adapters.compact`.
         directory: replaced as a whole if it is there.
         base_model: hub id or path of the backbone.
         task_type: PEFT's name for the task (``SEQ_CLS``), or ``None``.
-        fresh: names of parameters outside the head that the pretrained weights lack.
+        fresh: names of the modules and parameters that the pretrained weights lack.
         metadata: more to keep in ``autolora.json``, as JSON.
 
     Raises:
         TargetError: if no adapter is left and there is no module that could carry an empty one; or a module that has to
             be written in full has no weight matrix to merge into.
     """
-    assert all("." in name for name in fresh)
-    biases = {id(bias) for bias in adapters.trained_biases}
+    biases = {id(bias) for bias in adapters.also_trained}
     folded = {name: pair for name, layer in adapters.layers.items() if (pair := fold(layer)) is not None}
     with unwrapped(adapters) as model:
         layout = _layout(model, adapters, folded, fresh, task_type)
@@ -98,22 +98,44 @@ def save_peft(
         tensors |= {PREFIX + _bias_key(name, layout.factors): model.get_parameter(name) for name in loose}
         config = _config(model, layout, loose, base_model, task_type)
         without = [*with_ties(model, adapters.fully_trained), *fresh, *trained]
-        sidecar = {
-            "schema": SCHEMA,
-            "autolora": __version__,
-            "base_model": base_model,
-            "scale": _common_scale(adapters),
-            "sites": {name: [site.in_features, site.out_features] for name, site in adapters.sites.items()},
-            "ranks": {name: len(folded[name][0]) if name in folded else 0 for name in adapters.sites},
-            "in_full": layout.wrapped,
-            "fingerprint": {"hashes": fingerprint(model, without), "without": without},
-            "run": dict(metadata or {}),
-        }
+        sidecar = sidecar_of(adapters, model, base_model, without=without, in_full=layout.wrapped, metadata=metadata)
         written = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     with replacing_directory(directory) as folder:
         (folder / CONFIG).write_text(dump_json(config), encoding="utf-8")
         (folder / WEIGHTS).write_bytes(save(written, metadata={"format": "pt"}))
         (folder / SIDECAR).write_text(dump_json(sidecar), encoding="utf-8")
+
+
+def sidecar_of(
+    adapters: Adapters,
+    model: nn.Module,
+    base_model: str,
+    *,
+    without: Sequence[str] = (),
+    in_full: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``autolora.json``.
+
+    Args:
+        adapters: what is saved.
+        model: the model under its own names, to take the fingerprint of.
+        base_model: hub id or path of the backbone.
+        without: names of what training has changed, or starts at random.
+        in_full: modules that are saved in full.
+        metadata: more to keep, as JSON.
+    """
+    return {
+        "schema": SCHEMA,
+        "autolora": __version__,
+        "base_model": base_model,
+        "scale": _common_scale(adapters),
+        "sites": {name: [site.in_features, site.out_features] for name, site in adapters.sites.items()},
+        "ranks": dict(adapters.active_plan()),
+        "in_full": list(in_full),
+        "fingerprint": {"hashes": fingerprint(model, without), "without": list(without)},
+        "run": dict(metadata or {}),
+    }
 
 
 @torch.no_grad()
@@ -130,7 +152,7 @@ def _layout(
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     held = places(model)
     shared = [name for name in folded if len(held[id(model.get_submodule(name))]) > 1]
-    in_full = with_ties(model, [*adapters.fully_trained, *(name.rpartition(".")[0] for name in fresh), *shared])
+    in_full = with_ties(model, [*adapters.fully_trained, *modules_of(model, fresh), *shared])
     wrapped = outermost(wrapped_in_full(names, [*in_full, *heads_of(task_type)]))
     factors = {name: pair for name, pair in folded.items() if not under(name, wrapped)}
     if not factors:

@@ -1,0 +1,31 @@
+"""Full fine-tuning: every parameter of the model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from autolora.plan import Site
+from autolora.strategies.outside import Outside, OutsideOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autolora.adapters import Adapters, AdapterSettings
+
+
+class Options(OutsideOptions):
+    """Full fine-tuning has no options; ``optim.adapter`` has the learning rate of the backbone."""
+
+
+class Full(Outside[Options]):
+    """Trains everything; the backbone at a rate of its own."""
+
+    Options = Options
+
+    def equip(self, model: nn.Module, settings: AdapterSettings, sites: Mapping[str, Site]) -> Adapters:
+        """No adapters, and nothing frozen."""
+        from autolora.adapters.attach import fully_trained_modules
+        from autolora.adapters.whole import WholeModel
+
+        return WholeModel(model, sites, fully_trained_modules(model, settings))
