@@ -115,7 +115,7 @@ def export(settings: Settings) -> str:
                 shutil.copyfile(file, folder / file.name)
         else:
             assert tokenizer is not None
-            with _plain(trained) as model:
+            with _plain(trained, kind) as model:
                 save_pretrained(model, tokenizer, folder)
     loader = "peft.PeftModel" if settings.format == "peft" else "transformers.AutoModelForSequenceClassification"
     return f"written to {out}; load it with {loader}.from_pretrained"
@@ -214,16 +214,18 @@ def load(cfg: RunConfig, kind: str, folder: Path) -> tuple[Any, PreTrainedTokeni
 
 
 @contextmanager
-def _plain(trained: Any) -> Iterator[nn.Module]:
+def _plain(trained: Any, kind: str) -> Iterator[nn.Module]:
     """Inside this context what was trained is a plain model."""
-    from autolora.adapters import Adapters
     from autolora.adapters.bare import merged
+    from autolora.adapters.wrapped import merge_wrapped
 
-    if isinstance(trained, Adapters):
+    if kind == "MODEL":
+        yield trained
+    elif kind in _BY_PEFT:
+        yield merge_wrapped(trained)
+    else:
         with merged(trained) as model:
             yield model
-    else:
-        yield trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
 
 
 def build_model(cfg: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:

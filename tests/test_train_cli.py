@@ -15,11 +15,14 @@ import yaml
 
 from autolora.config import RunConfig
 from autolora.errors import BackboneError, ConfigError, DataError
+from autolora.paths import config_root
 from autolora.signals import Interrupted
 from autolora.train import main
 from autolora.validate import require
 
 Runs = list[RunConfig]
+
+STRATEGIES = ", ".join(sorted(path.stem for path in (config_root() / "strategy").glob("*.yaml")))
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_faults_stop_before_any_run(runs: Runs, capsys: pytest.CaptureFixture[st
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "error: 2 faults in the configuration",
-        "  strategy=autolara: unknown strategy 'autolara'; did you mean 'autolora'? (available: autolora, uniform)",
+        f"  strategy=autolara: unknown strategy 'autolara'; did you mean 'autolora'? (available: {STRATEGIES})",
         "  budget.rnk=4: unknown key budget.rnk; did you mean budget.rank?",
     ]
 
@@ -178,8 +181,8 @@ def test_help_names_groups_choices_and_examples(option: str, runs: Runs, capsys:
     assert exit_code("task=nonsense", option) == 0
     text = capsys.readouterr().out
     for line in (
-        "  strategy    autolora, uniform",
-        "  task        cola, mnli, mrpc, planted, qnli",
+        f"  strategy    {STRATEGIES}",
+        "  task        cola, mnli, mrpc, planted, planted_encoder, qnli",
         "budget.rank=4",
         "-m task=",
     ):

@@ -86,28 +86,28 @@ class PrefixGate(FixedGate):
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
+        self._told = False
         self._first: Tensor | None = None
 
     def first(self, count: int) -> None:
         """Train the first ``count`` components, from 1 to r; the mask is for evaluation."""
-        self._first = torch.arange(count, device=self.mask.device)
+        self._told = True
+        self._first = torch.arange(count, device=self.mask.device) if count < len(self.mask) else None
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask, for training and evaluation."""
         super().set_mask(mask)
-        self._first = None
+        self._told = False
 
     def remaining(self) -> Tensor | None:
         """Indices of the components that are on, or ``None`` when all are."""
-        if self._first is None or not self.training:
-            return super().remaining()
-        return None if len(self._first) == len(self.mask) else self._first
+        return self._first if self._told and self.training else super().remaining()
 
     def forward(self) -> Tensor | None:
-        """What :meth:`remaining` says as a mask, or ``None`` when it is all ones."""
-        if self._first is None or not self.training:
+        """The components that are on as a mask, or ``None`` when all are."""
+        if not (self._told and self.training):
             return super().forward()
-        return (torch.arange(len(self.mask), device=self.mask.device) < len(self._first)).to(self.mask.dtype)
+        return None if self._first is None else torch.zeros_like(self.mask).index_fill_(0, self._first, 1)
 
 
 class LearnedGate(nn.Module, ABC):

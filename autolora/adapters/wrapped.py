@@ -191,6 +191,25 @@ def load_wrapped(model: nn.Module, directory: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(directory))
 
 
+@torch.no_grad()
+def merge_wrapped(wrapped: PeftModel) -> nn.Module:
+    """The model inside a wrapper with PEFT's factors in its weights, and with the trained head.
+
+    PEFT merges the layers; its own way to take the wrapper off (0.21) fails on a head that is not a single Linear.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    base: nn.Module = wrapped.get_base_model()
+    for module in list(base.modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            replace_module(base, module, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            replace_module(base, module, module.modules_to_save[_NAME])
+    return base
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No word of what PEFT still asks transformers for by an old name."""

@@ -9,11 +9,11 @@ parameters may be active after a round is a matter of ``growth_strategy``:
 - *adaptive*: in the parts of *linear*, but only when the held-out loss has improved by less than ``tolerance`` since
   the round before. A budget is spent in the last round whatever the loss does; without a budget growth may end early.
 
-Where they go is a matter of ``allocation``: *uniform* opens components evenly over the modules, and *importance* by a
-score that is measured before the round (:mod:`autolora.strategies.growing`): *gradient*, that of the columns of B which
-wait; or *increlora*, the sensitivity and uncertainty of the modules as they are (Zhang et al., arXiv 2308.12043), where
-each module gets one component in the order of the scores, and then a second. The latter knows nothing of a module that
-has no component yet.
+Where they go is a matter of ``allocation``: *uniform* opens components evenly over the modules, and *importance* in the
+order of a score of each module, one component each and then a second, as far as the round goes. The score is measured
+before the round (:mod:`autolora.strategies.growing`): *gradient*, that of the columns of B which wait, or *increlora*,
+the sensitivity times uncertainty of the update as it is (Zhang et al., arXiv 2308.12043), which knows nothing of a
+module without a component.
 
 The output is the same before and after a round, bit for bit: a component that opens contributes 0, and products have
 the same shapes, since those that wait are computed with the others. Its moments in AdamW are 0, and its steps are those
@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from autolora.errors import ConfigError, PlanError
-from autolora.plan import RankPlan, even_order, rank_by_score, spend
+from autolora.plan import RankPlan, even_order, spend
 from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ class DynamicGrowth(Strategy[Options]):
         self.kept: list[Batch] = []
         self.last_loss = math.inf
         self.loss = math.nan
-        self.order: list[str] = []
+        self.scores: dict[str, float] = {}
 
     # During training -------------------------------------------------------------------------------------------------
 
@@ -199,20 +198,16 @@ class DynamicGrowth(Strategy[Options]):
             self._pass_round(step)
 
     def _measure(self, loss_fn: LossFn) -> None:
-        """The held-out loss, and the order in which modules want components; what a round is decided by."""
+        """The held-out loss, and what new components promise: what a round is decided by."""
         from autolora.strategies.growing import heldout_loss, reserve_scores
 
         if self._adaptive:
             self.loss = heldout_loss(self.adapters, self.kept, loss_fn)
-        if not self._scored:
-            return
-        if self.options.importance == "increlora":
+        if self._scored and self.options.importance == "increlora":
             self.sensitivity.observe(self.kept, loss_fn)
-            self.order = self._in_turns(self.sensitivity.scores())
-        else:
-            found = reserve_scores(self.adapters, self.kept, loss_fn)
-            waiting = [(name, score) for name, scores in found.items() for score in scores[self.plan[name] :].tolist()]
-            self.order = rank_by_score([name for name, _ in waiting], [score for _, score in waiting])
+            self.scores = self.sensitivity.scores()
+        elif self._scored:
+            self.scores = reserve_scores(self.adapters, self.plan, self.kept, loss_fn)
 
     def _pass_round(self, step: int) -> None:
         """Open what the round allows, unless the loss still falls without."""
@@ -226,7 +221,7 @@ class DynamicGrowth(Strategy[Options]):
             return
         self.grown = len(self.rounds) if last else self.grown + 1
         left = self.rounds[self.grown - 1].params - self.plan.params
-        order = self.order if self._scored else self._waiting()
+        order = self._by_promise() if self._scored else self._waiting()
         if self.grown < len(self.rounds):
             order = self._first_that_fit(order, left)
         room = RankPlan(self.largest.sites, {name: self.largest[name] - rank for name, rank in self.plan.items()})
@@ -241,9 +236,12 @@ class DynamicGrowth(Strategy[Options]):
         spent = itertools.accumulate(self.largest.sites[name].cost for name in order)
         return [name for name, cost in zip(order, spent, strict=True) if cost <= left]
 
-    def _in_turns(self, scores: Mapping[str, float]) -> list[str]:
-        """Components that wait, by module: one of each module in the order of the scores, then a second, and so on."""
-        names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -scores[name])
+    def _by_promise(self) -> list[str]:
+        """Components that wait, by module: one of each module in the order of the scores, then a second, and so on.
+
+        A score says what the first new component is worth; what the second is worth shows when there is a first.
+        """
+        names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -self.scores[name])
         most = max(self.largest.values(), default=0)
         return [name for turn in range(most) for name in names if self.plan[name] + turn < self.largest[name]]
 

@@ -6,11 +6,12 @@ are measured on held-out batches, in evaluation mode, without touching the train
 :func:`reserve_scores` looks at the components in reserve as if they were open. With G the gradient of the loss with
 respect to a module's weight, that of B is :math:`s \, G A^T`, one column for each row of A: :math:`w \cdot \nabla w` of
 such a column is 0, because B is, but the gradient itself is not. The first-order gain of a gradient step on a column is
-its squared norm. Rows of A are random, and a row of n inputs sees a share of 1/n of the squares of G; so the score is
+its squared norm. Rows of A are random, and one of n inputs sees a share of 1/n of the squares of G. So the score is the
+mean over the columns in reserve of
 
 .. math:: n_{in} \, \lVert \nabla_{b_i} L \rVert^2 / (n_{in} + n_{out}),
 
-what the direction is worth per parameter, for modules of any shape.
+what a direction of G is worth per parameter, for modules of any shape.
 
 :class:`Sensitivity` is the score of IncreLoRA (Zhang et al., arXiv 2308.12043, and its code), for a module as a whole:
 :math:`S = \sum_{jk} |\Delta W_{jk} G_{jk}| / \sqrt{n_{in} n_{out}}`, smoothed over batches, and multiplied by the
@@ -19,7 +20,7 @@ smoothed deviation from that (sensitivity times uncertainty, as in AdaLoRA: Zhan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,22 +39,26 @@ def heldout_loss(adapters: Adapters, batches: Sequence[Batch], loss_fn: LossFn) 
     return float(_over_processes(losses.mean()))
 
 
-def reserve_scores(adapters: Adapters, batches: Sequence[Batch], loss_fn: LossFn) -> dict[str, Tensor]:
-    """What a column of B is worth per parameter, for every component of every module; see the module's docstring.
+def reserve_scores(
+    adapters: Adapters, opened: Mapping[str, int], batches: Sequence[Batch], loss_fn: LossFn
+) -> dict[str, float]:
+    """What a new component of each module is worth per parameter; 0 where none waits.
 
     Args:
         adapters: whose gates are :class:`~autolora.adapters.ScaleGate`; all are opened for the moment.
+        opened: how many of each module's first components are open.
         batches: that the gradient is averaged over.
         loss_fn: the loss.
     """
     columns: list[Tensor] = [layer.lora_B for layer in adapters.layers.values()]
     with _evaluating(adapters.model), _all_open(adapters):
         gradients = [torch.autograd.grad(loss_fn(adapters.model, batch), columns) for batch in batches]
-    scores = {}
+    scores = []
     for (name, layer), *parts in zip(adapters.layers.items(), *gradients, strict=True):
-        mean = _over_processes(torch.stack(parts).mean(0))
-        scores[name] = mean.square().sum(0) * (layer.in_features / layer.site.cost)
-    return scores
+        waiting = torch.stack(parts).mean(0)[:, opened[name] :]
+        waiting = _over_processes(waiting.contiguous())
+        scores.append(waiting.square().sum() * (layer.in_features / layer.site.cost / max(1, waiting.shape[1])))
+    return dict(zip(adapters.layers, torch.stack(scores).tolist() if scores else [], strict=True))
 
 
 class Sensitivity:
