@@ -101,13 +101,17 @@ class AdaLoRA(Strategy[Options]):
         """Adapters of maximum rank with gaussian P and Q; both are orthogonal where the settings say so of A."""
         from dataclasses import replace
 
+        import torch
+
         from autolora.adapters.attach import stream
         from autolora.adapters.layer import init_a
 
         init: Init = "orthogonal" if settings.init == "orthogonal" else "gaussian"
         adapters = super().attach(model, replace(settings, init=init))
         for name, layer in adapters.layers.items():
-            init_a(layer.lora_B.detach().T, init, settings.init_std, stream(settings.seed, f"{name} P"))
+            p = torch.empty(layer.rank, layer.out_features)
+            init_a(p, init, settings.init_std, stream(settings.seed, f"{name} P"))
+            layer.lora_B.detach().copy_(p.T)
         self._ended_early = False
         return adapters
 

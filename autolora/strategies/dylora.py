@@ -7,8 +7,8 @@ Every step draws a rank b uniformly from 1 to the largest and trains the first b
 (section 4.1; a module of fewer components uses them all), so that the first components learn to do without the later
 ones and any prefix is a working adapter. The published forward pass has the scale :math:`\alpha / b`; here s is the
 same for every rank, as for all strategies, so that cutting an adapter leaves the components that stay as they were.
-``frozen`` is the published mode in which only the b-th row of A and column of B have a gradient. A component without a
-gradient in a step is still moved by its momentum, as in the published code.
+``frozen`` is the published mode in which only the b-th row of A and column of B have a gradient. A component that has
+none in a step is still moved by Adam's average of earlier ones.
 
 Evaluation uses the first components of a plan within the budget, in training too: by default the uniform one, which
 ``select: uniform`` also ends with. Since any prefixes can be measured without training, ``select: greedy`` looks for a

@@ -51,9 +51,9 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
 def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> None:
     """End selection: what is learned of the gates goes into B, and the components outside ``kept`` are removed.
 
-    Where training goes on, B keeps its moments in the optimizer: with ``B <- B diag(g)`` its gradient is divided by g.
-    Several processes have agreed on the shapes of their gradients, and go on with masks; so does a model with nothing
-    left, since a loss needs something that it depends on.
+    Where training goes on, B keeps its moments in Adam: with ``B <- B diag(g)`` its gradient is divided by g. Several
+    processes have agreed on the shapes of their gradients, and go on with masks; so does a model with nothing left,
+    since a loss needs something that it depends on.
 
     Args:
         adapters: with :class:`~autolora.adapters.LearnedGate` gates.
@@ -64,14 +64,13 @@ def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> Non
 
     from autolora.adapters import LearnedGate, compact
 
-    for layer in adapters.layers.values() if optimizer is not None else ():
-        assert optimizer is not None
-        state = optimizer.state.get(layer.lora_B)
-        if state and isinstance(layer.gate, LearnedGate):
+    for layer in adapters.layers.values():
+        moments = optimizer.state.get(layer.lora_B, {}) if optimizer is not None else {}
+        if "exp_avg" in moments and isinstance(layer.gate, LearnedGate):
             gate = layer.gate.value().detach()
             factor = torch.where(gate == 0, 0.0, 1 / gate)
-            state["exp_avg"] *= factor
-            state["exp_avg_sq"] *= factor.square()
+            moments["exp_avg"] *= factor
+            moments["exp_avg_sq"] *= factor.square()
     masks = kept.split([layer.rank for layer in adapters.layers.values()])
     adapters.fix_gates(dict(zip(adapters.layers, masks, strict=True)))
     several = torch.distributed.is_available() and torch.distributed.is_initialized()

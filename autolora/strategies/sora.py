@@ -26,9 +26,9 @@ model, so that it is spent. Without a budget :math:`\lambda` rises linearly from
 (constant, where they are equal) and stays there over the last fifth, and what is open then is the plan.
 
 *Free scale.* The same update has many (g, A, B): a gate can shrink while A and B grow, at no cost in L, so that the L1
-norm of the gates alone says nothing about components. The published remedy is weight decay on A and B
-(``optim.adapter.weight_decay``, 0.1 there). ``normalize`` does it exactly: from the end of the warm-up on, B is
-rescaled after every step so that all components have factors of one size,
+norm of the gates alone says nothing about components. The published runs have a weight decay of 0.1 on A and B
+(``optim.adapter.weight_decay``), which puts a price on their growth. ``normalize`` rules it out: from the end of the
+warm-up on, B is rescaled after every step so that all components have factors of one size,
 
 .. math:: \|a_i\| \|b_i\| / \sqrt{out} = \mathrm{const},
 

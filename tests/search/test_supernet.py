@@ -66,9 +66,9 @@ def test_a_step_trains_the_mean_of_the_largest_the_smallest_and_random_plans() -
     assert len({tuple(plan.values()) for plan in plans}) == 4
     batch = next(planted_batches(pair, 32, seed=1))
     loss = strategy.training_loss(pair.student, batch, mse)
-    alone = [float(mse(written_out(pair, strategy.adapters, plan), batch)) for plan in plans]
+    alone = [float(mse(written_out(pair, strategy.adapters, plan), batch).detach()) for plan in plans]
     assert len(set(alone)) == 4
-    assert float(loss) == pytest.approx(sum(alone) / 4, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(sum(alone) / 4, rel=1e-5)
 
 
 def test_a_component_learns_from_the_plans_that_use_it() -> None:
@@ -100,8 +100,8 @@ def test_random_plans_spend_the_budget_and_have_a_stream_of_their_own() -> None:
     assert [plan for _ in range(20) for plan in same.sandwich()[2:]] == drawn
     assert torch.initial_seed() == 1
     assert one.allowance is not None
-    assert all(one.allowance - 24 < plan.params <= one.allowance for plan in drawn)  # the cheapest component costs 24
-    assert len({tuple(plan.values()) for plan in drawn}) > 30
+    assert all(one.allowance - 40 < plan.params <= one.allowance for plan in drawn)  # components cost 24 or 40
+    assert len({tuple(plan.values()) for plan in drawn}) > 20
 
 
 def test_a_budget_for_nothing_still_trains() -> None:
@@ -191,16 +191,19 @@ def test_all_measure_equally_many_plans_within_the_budget_and_uniform_ranks_firs
     strategy = attached(planted(), kind, evaluations=30)
     asked: list[RankPlan] = []
 
+    def score(plan: RankPlan) -> float:
+        return -float(abs(plan["U1"] - 4) + plan["V0"])
+
     def evaluate(plan: RankPlan) -> float:
         asked.append(plan)
-        return -float(abs(plan["U1"] - 4) + plan["V0"])
+        return score(plan)
 
     plan = strategy.finalize(evaluate)
     assert len(asked) == len({tuple(one.values()) for one in asked}) == 30
     assert asked[0] == dict.fromkeys(plan, 2)
     assert strategy.allowance is not None
     assert max(one.params for one in asked) <= strategy.allowance
-    assert evaluate(plan) == max(evaluate(one) for one in asked)
+    assert score(plan) == max(score(one) for one in asked)
     assert strategy.adapters.active_plan() == plan
     for name, layer in strategy.adapters.layers.items():
         assert layer.gate.evaluation_gate().tolist() == [1.0] * plan[name] + [0.0] * (4 - plan[name])
@@ -252,6 +255,6 @@ def test_evolution_finds_planted_ranks_in_a_super_net() -> None:
     pair = planted((0, 2, 3, 0))
     strategy = Evolution(Evolution.Options(evaluations=60), budget=Budget(params=pair.true_plan.params), max_rank=4)
     streams = planted_batches(pair, 64, seed=1), planted_batches(pair, 512, seed=2)
-    fitted = fit(strategy, pair.student, *streams, steps=400, lr=1e-2)
+    fitted = fit(strategy, pair.student, *streams, steps=300, lr=1e-2)
     assert fitted.plan == pair.true_plan
     assert excess_error(pair, fitted.adapters) < 0.05

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies.handloop import Fitted, excess_error, fit, mse, planted_batches
+from strategies.handloop import Fitted, fit, mse, planted_batches
 from test_resume import Stopper, interrupted_run, outcome, stopper  # noqa: F401  fixture
 from test_run import configure, sst2  # noqa: F401  fixtures
 from torch import Tensor, nn
@@ -425,20 +425,6 @@ def test_without_growth_it_is_plain_training() -> None:
 
 
 # Does it work? --------------------------------------------------------------------------------------------------------
-
-
-def test_gradients_find_where_the_ranks_are() -> None:
-    pair = pair_of()
-    fitted = run(growth(Budget(params=pair.true_plan.params), min_rank=0), pair, 600)
-    assert fitted.plan == pair.true_plan
-    assert excess_error(pair, fitted.adapters) < 1e-2
-
-
-def test_it_fits_a_uniform_teacher() -> None:
-    pair = pair_of((2, 2, 2, 2))
-    fitted = run(growth(Budget(rank=2), allocation="uniform"), pair, 400)
-    assert fitted.plan == pair.true_plan
-    assert excess_error(pair, fitted.adapters) < 1e-2
 
 
 def test_modules_of_rank_0_take_part_in_nothing() -> None:
