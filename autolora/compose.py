@@ -181,6 +181,14 @@ class _Composer:
                 request.faults.append(f"{text}: expected key=value or group=choice ({_first_words(error)}){hint}")
                 continue
             key = override.key_or_group
+            if override.is_delete() and not key.startswith("hydra"):
+                choices = self._loader().get_group_options(key, config_name=self.name, overrides=self.base)
+                instead = f"{key}=none" if "none" in choices else f"{key}=..."
+                request.faults.append(
+                    f"{text}: every key has a value, and one that is taken away comes back with its default: "
+                    f"write what you want, {instead}"
+                )
+                continue
             if override.is_delete() or override.package is not None or key.startswith(("hydra.", "hydra/")):
                 request.plain.append(text)
                 continue

@@ -56,6 +56,12 @@ class Run:
         return config_hash(self.cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
 
     @property
+    def search(self) -> str:
+        """The hash of everything that decides what is selected: runs that only differ in what follows share it."""
+        problem, common = self.problem, self.cfg.model_copy(update={"retrain": "found", "retrain_on": "fit"})
+        return config_hash(common, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
+
+    @property
     def stage(self) -> Literal["fit", "retrain"]:
         """Which training is under way; the second begins with what the first has selected."""
         return "fit" if self.selection is None else "retrain"
@@ -161,6 +167,7 @@ def save_adapter(run: Run) -> None:
 def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | None) -> None:
     """Write down what was selected: from here on the run is in its second training, also after an interruption."""
     run.selection = Selection(
+        search=run.search,
         ranks=dict(plan),
         metrics=scores.all,
         notes=run.strategy.notes if run.strategy else (),

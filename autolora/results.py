@@ -99,9 +99,11 @@ class Compute(_Record):
 class Selection(_Record):
     """The content of ``selection.json``: what a run knows when the ranks are chosen and training begins again.
 
-    ``ranks`` is the plan found, ``metrics`` its score on the held-out slice; the rest goes into the result in the end.
+    ``search`` is the hash of all that led to it; ``ranks`` is the plan found, ``metrics`` its score on the held-out
+    slice; the rest goes into the result in the end.
     """
 
+    search: str
     ranks: dict[str, int]
     metrics: dict[str, float | None]
     notes: tuple[str, ...]
@@ -302,6 +304,22 @@ class RunDirectory:
             return Selection.model_validate(read_json(self.selection, "", ""))
         except (DataError, ValidationError):
             return None
+
+    def adopt_selection(self, search: str) -> Path | None:
+        """Take over what another run under the same root has selected by the same search, with the history of that.
+
+        Returns:
+            The directory of that run, or ``None`` if there is none.
+        """
+        for file in sorted(self.path.parent.glob("*/selection.json")):
+            other = RunDirectory(file.parent)
+            selection = other.read_selection()
+            if selection is not None and selection.search == search and other.history.exists():
+                with replacing(self.history) as copy:
+                    copy.write(other.history.read_text())
+                self.write_selection(selection.model_copy(update={"logger": None}))
+                return other.path
+        return None
 
     def write_result(self, result: RunResult) -> None:
         """Write ``result.json``: call it when everything else is written."""

@@ -118,7 +118,8 @@ def begin(run: Run) -> Checkpoint | None:
     if is_main_process() and run.cfg.force:
         run.signals.check()  # before anything is lost
         directory.clear()
-    if run.cfg.retrain != "none":
+    wants_selection = run.cfg.retrain != "none"
+    if wants_selection:
         run.selection = directory.read_selection()
     checkpoint = newest(run.checkpoints, run.identity, say)
     run.resumed_at = checkpoint.step if checkpoint else 0
@@ -130,6 +131,11 @@ def begin(run: Run) -> Checkpoint | None:
         run.clock.go_on(checkpoint.seconds)
     elif run.selection is not None:
         say(f"resuming at the beginning of the second training in {directory.path}")
+        run.clock.go_on(run.selection.seconds)
+    elif wants_selection and not run.cfg.force and (other := directory.adopt_selection(run.search)):
+        say(f"the same search has ended in {other}: training begins with what it found")
+        run.selection = directory.read_selection()
+        assert run.selection is not None
         run.clock.go_on(run.selection.seconds)
     elif directory.config.exists() and not run.cfg.force:
         say(f"an earlier attempt left no checkpoint; starting again in {directory.path}")

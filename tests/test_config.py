@@ -237,7 +237,16 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             "data.dir=~/x: expected key=value or group=choice (token recognition error at: '~'); special ",
         ),
         ("hydra.nope=1", "Could not override 'hydra.nope'."),
-        ("~budget.nope", "Could not delete from config. 'budget.nope' does not exist."),
+        (
+            "~budget",
+            "~budget: every key has a value, and one that is taken away comes back with its default: write what you "
+            "want, budget=none",
+        ),
+        (
+            "~budget.rank",
+            "~budget.rank: every key has a value, and one that is taken away comes back with its default: write what "
+            "you want, budget.rank=...",
+        ),
         ("trainer.max_steps=${nope}", "Interpolation key 'nope' not found"),
     ],
 )

@@ -53,6 +53,25 @@ def test_all_rows(configure: Any) -> None:  # noqa: F811
     assert result.selection_metrics == {}
 
 
+def test_controls_share_one_search(configure: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """What a search of its own gives is what comes out, and a run with force searches itself."""
+    overrides = ("strategy=autolora", "trainer.max_epochs=1", "budget.rank=1.5")
+    own = configure(*overrides, "retrain=permuted", f"run_root={tmp_path / 'own'}")
+    alone = run_one(own)
+    run_one(configure(*overrides, "retrain=found", f"run_root={tmp_path / 'shared'}"))
+    run_one(configure(*overrides, "retrain=found", "seed=1", f"run_root={tmp_path / 'shared'}"))
+    shared = configure(*overrides, "retrain=permuted", f"run_root={tmp_path / 'shared'}")
+    capsys.readouterr()
+    result = run_one(shared)
+    assert "the same search has ended in" in capsys.readouterr().out
+    for field in ("ranks", "found", "metrics", "selection_metrics", "compute", "steps", "params"):
+        assert getattr(result, field) == getattr(alone, field)
+    assert (result.compute.fit_steps, result.compute.retrain_steps, result.steps) == (7, 7, 14)
+    forced = run_one(shared.model_copy(update={"force": True}))
+    assert "the same search has ended in" not in capsys.readouterr().out
+    assert forced.ranks == result.ranks
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_interrupted_in_either_training(configure: Any, stopper: Stopper, tmp_path: Path, seed: int) -> None:  # noqa: F811
     overrides = ("strategy=autolora", "retrain=permuted", "trainer.max_epochs=1", f"seed={seed}")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import get_args
+from typing import Any, get_args
 
 from autolora.bench import settings as options
 from autolora.bench.report import Row, Suite, machine, read_report, write_report
@@ -84,7 +84,8 @@ def _execute(settings: AnySettings) -> None:
         read_report(settings.out)  # what cannot be kept is said before anything is measured
     gpu, threads, measured = _prepare(settings)
     place = machine(gpu, threads)
-    asked = settings.model_dump(mode="json", exclude={"out"})
+    places: Any = {"out": True, "data": {"dir", "cache_dir"}, "backbone": {"path"}}
+    asked = settings.model_dump(mode="json", exclude=places)
     rows: list[Row] = []
     for row in measured:
         print(line(row), flush=True)

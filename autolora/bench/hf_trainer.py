@@ -32,6 +32,7 @@ class Job(TypedDict):
     bf16: bool
     cpu: bool
     epochs: int
+    max_steps: int
     batch_size: int
     eval_batch_size: int
     max_length: int
@@ -63,6 +64,7 @@ def run(job: Job) -> dict[str, float]:
     arguments = TrainingArguments(
         output_dir=str(Path(job["out"]).with_suffix(".trainer")),
         num_train_epochs=job["epochs"],
+        max_steps=job["max_steps"],
         per_device_train_batch_size=job["batch_size"],
         per_device_eval_batch_size=job["eval_batch_size"] if job["best"] else job["batch_size"],
         learning_rate=job["learning_rate"],

@@ -52,22 +52,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """A process to time: its arguments in a fresh folder, and how to read what it leaves there."""
+    """A process to time: its arguments in a fresh folder, or those of one step, and how to read what it leaves."""
 
-    arguments: Callable[[Path], list[str]]
+    arguments: Callable[[Path, bool], list[str]]
     outcome: Callable[[Path], Outcome]
 
     def run(self, folder: Path, *, importtime: bool = False) -> str:
-        """Run it to its end; gives its standard error.
+        """Run it to its end, or for one step with a report of its imports; gives its standard error.
 
         Raises:
             RunFailedError: if it fails.
         """
         python = [sys.executable, *(["-X", "importtime"] if importtime else []), "-m"]
-        done = subprocess.run([*python, *self.arguments(folder)], capture_output=True, text=True)
+        arguments = self.arguments(folder, importtime)
+        done = subprocess.run([*python, *arguments], capture_output=True, text=True)
         if done.returncode:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise RunFailedError(f"python -m {' '.join(self.arguments(folder))}\nended with {done.returncode}:\n{tail}")
+            raise RunFailedError(f"python -m {' '.join(arguments)}\nended with {done.returncode}:\n{tail}")
         return done.stderr
 
 
@@ -146,8 +147,9 @@ def _overrides(settings: RunSettings) -> list[str]:
 
 
 def _ours(overrides: list[str]) -> Command:
-    def arguments(folder: Path) -> list[str]:
-        return ["autolora.train", *overrides, f"run_root={folder / 'runs'}", f"data.cache_dir={folder / 'tokens'}"]
+    def arguments(folder: Path, one_step: bool) -> list[str]:
+        places = [f"run_root={folder / 'runs'}", f"data.cache_dir={folder / 'tokens'}"]
+        return ["autolora.train", *overrides, *places, *(["trainer.max_steps=1"] if one_step else [])]
 
     def outcome(folder: Path) -> Outcome:
         result = json.loads(next(folder.glob("runs/*/result.json")).read_text(encoding="utf-8"))
@@ -195,11 +197,10 @@ def _job(settings: RunSettings, cfg: RunConfig, rows: Path) -> dict[str, Any]:
 
 
 def _reference(job: dict[str, Any], *, best: bool) -> Command:
-    def arguments(folder: Path) -> list[str]:
+    def arguments(folder: Path, one_step: bool) -> list[str]:
         written = folder / "job.json"
-        if not written.exists():
-            mine = {"best": best, "bf16": job["bf16"] and best, "out": str(folder / "metric.json")}
-            written.write_text(json.dumps(job | mine), encoding="utf-8")
+        mine = {"best": best, "bf16": job["bf16"] and best, "out": str(folder / "metric.json")}
+        written.write_text(json.dumps(job | mine | {"max_steps": 1 if one_step else -1}), encoding="utf-8")
         return ["autolora.bench.hf_trainer", str(written)]
 
     def outcome(folder: Path) -> Outcome:
@@ -209,7 +210,7 @@ def _reference(job: dict[str, Any], *, best: bool) -> Command:
 
 
 def _imports(command: Command, scratch: str) -> dict[str, float]:
-    """Where the imports of one more run go; the report itself makes them slower, so that it is not timed."""
+    """Where the imports of one step go; the report itself makes them slower, so that no run is timed with it."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         seconds = import_seconds(command.run(Path(folder), importtime=True).splitlines())
     return {"all": sum(seconds.values())} | dict(list(seconds.items())[:_MOST_IMPORTS])

@@ -67,6 +67,7 @@ def learn_to_move(measured: Measurements, options: Options, seed: int) -> None:
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
 
     from autolora.search.env import RankSearchEnv
 
@@ -92,6 +93,7 @@ def learn_to_move(measured: Measurements, options: Options, seed: int) -> None:
         )
         with torch.no_grad():
             agent.policy.action_net.bias.view(-1, 3)[:, 1] += options.keep  # type: ignore[operator]
+        agent.set_logger(Logger(None, []))  # by default it leaves a folder behind
         agent.learn(measured.most_steps, callback=WhileThereIsSomethingToMeasure())
 
 

@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from autolora.plan import RankPlan, even_order, rank_by_score, spend
+from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
+from autolora.strategies.pruning import best_components, keep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,11 +81,14 @@ class SparsityOptions(StrategyOptions):
     ``weight``: without a budget, keeping every component costs this share of the initial loss. ``ascent`` and ``gain``:
     with a budget, the integral and the proportional response of the price to a violation of the schedule (cost above
     schedule as a share of the largest cost); a price of 1 pushes the median gate as hard as its own gradient noise.
+    ``spend_all``: the budget is spent as far as components fit. If not, it is a ceiling: ``weight`` is charged under it
+    as it is without a budget, and components that are not worth that are left out.
     """
 
     weight: float = Field(default=0.01, ge=0)
     ascent: float = Field(default=300.0, ge=0)
     gain: float = Field(default=100.0, ge=0)
+    spend_all: bool = True
 
 
 class PhaseOptions(StrategyOptions):
@@ -276,37 +280,26 @@ class AutoLoRA(Strategy[Options]):
         rate = sparsity.ascent / max(1, self.settle_from - self.prune_from)
         self.integral = (self.integral + rate * violation).clamp(min=0.0)
         self.price = self.price_unit * (self.integral + sparsity.gain * violation).clamp(min=0.0)
+        if not sparsity.spend_all:
+            self.price = self.price.clamp(min=sparsity.weight * self.initial_loss)
 
     def _settle(self, optimizer: Optimizer | None = None) -> None:
         """Fix the gates: without a budget what the selectors keep, else the most probable components that it pays for.
-
-        Where training goes on, the other components are removed, with their optimizer state. Several processes have
-        agreed on the shapes of their gradients, and go on with masks; so does a model with nothing left, since a loss
-        needs something that it depends on.
 
         Both go by the mean probability over the last fifth of the prune phase: a selector that is worth its price dips
         below the threshold now and then, because only a closed gate shows what it is missed for, and is back soon.
         """
         import torch
 
-        from autolora.adapters import compact
-
-        flat = self._probability().detach()
-        if self.watched:
-            flat = self.probability_sum / self.watched
-        means = dict(zip(self.gates, flat.split([len(gate.logits) for gate in self.gates.values()]), strict=True))
-        if self.allowance is None:
-            masks = {name: mean > self.gates[name].threshold for name, mean in means.items()}
-        else:
+        mean = self.probability_sum / self.watched if self.watched else self._probability().detach()
+        thresholds = [torch.full_like(gate.logits, gate.threshold) for gate in self.gates.values()]
+        kept = (mean > torch.cat([*thresholds, mean[:0]])).to(mean.dtype)
+        if self.allowance is not None:
             judged = self.phase == "prune"  # training may have ended before
-            order = rank_by_score(self.owners, flat.tolist()) if judged else even_order(self.largest)
-            plan = spend(order, self.largest, self.allowance)
-            masks = {name: _top(mean, plan[name]) for name, mean in means.items()}
-        self.adapters.fix_gates(masks)
+            bought = best_components(self.largest, mean if judged else torch.ones_like(mean), self.allowance)
+            kept = bought if self.options.sparsity.spend_all or not judged else kept * bought
         self.phase = "settle"
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if optimizer is not None and not several and any(mask.any() for mask in masks.values()):
-            compact(self.adapters, optimizer)
+        keep(self.adapters, kept, optimizer)
 
     def _expected_share(self) -> Tensor:
         """Expected cost as a share of the largest, differentiable in the logits."""
@@ -371,10 +364,3 @@ class AutoLoRA(Strategy[Options]):
             setattr(self, key, value.to(self.costs.device) if isinstance(value, torch.Tensor) else value)
         for gate in self.gates.values():
             gate.learning = self.phase in ("listen", "prune")
-
-
-def _top(scores: Tensor, rank: int) -> Tensor:
-    """A 0/1 mask of the ``rank`` largest scores; ties go to the first."""
-    mask = scores.new_zeros(len(scores))
-    mask[scores.argsort(descending=True, stable=True)[:rank]] = 1
-    return mask

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class Options(PeftOptions):
     """How many virtual tokens, and the hidden width of the network that makes them.
 
-    With a ``projection`` the prefixes come out of a network with one hidden layer, which is trained in their place and
-    thrown away afterwards (section 4.3 of the paper); without one they are trained themselves.
+    The prefixes come out of a network with one hidden layer, which is trained in their place and thrown away afterwards
+    (section 4.3 of the paper). Without a ``projection`` they are trained themselves, which wants a higher rate.
     """
 
     tokens: int = Field(default=20, ge=1)
-    projection: int | None = Field(default=None, ge=1)
+    projection: int | None = Field(default=512, ge=1)
 
 
 class Prefix(Prompting[Options]):
-    """Trains prefixes, and the head: ``tokens * layers * 2 * width`` parameters."""
+    """Trains prefixes of ``tokens * layers * 2 * width`` numbers, or the network that makes them, and the head."""
 
     Options = Options
 

@@ -49,11 +49,9 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
 
 
 def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> None:
-    """End selection: what is learned of the gates goes into B, and the components outside ``kept`` are removed.
+    """End selection by gates that scale: they go into B, and the components outside ``kept`` are removed.
 
-    Where training goes on, B keeps its moments in Adam: with ``B <- B diag(g)`` its gradient is divided by g. Several
-    processes have agreed on the shapes of their gradients, and go on with masks; so does a model with nothing left,
-    since a loss needs something that it depends on.
+    Where training goes on, B keeps its moments in Adam: with ``B <- B diag(g)`` its gradient is divided by g.
 
     Args:
         adapters: with :class:`~autolora.adapters.LearnedGate` gates.
@@ -62,7 +60,7 @@ def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> Non
     """
     import torch
 
-    from autolora.adapters import LearnedGate, compact
+    from autolora.adapters import LearnedGate
 
     for layer in adapters.layers.values():
         moments = optimizer.state.get(layer.lora_B, {}) if optimizer is not None else {}
@@ -71,6 +69,24 @@ def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> Non
             factor = torch.where(gate == 0, 0.0, 1 / gate)
             moments["exp_avg"] *= factor
             moments["exp_avg_sq"] *= factor.square()
+    keep(adapters, kept, optimizer)
+
+
+def keep(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> None:
+    """Fix the gates, and remove the components outside ``kept`` with their optimizer state where training goes on.
+
+    Several processes have agreed on the shapes of their gradients, and go on with masks; so does a model with nothing
+    left, since a loss needs something that it depends on.
+
+    Args:
+        adapters: with gates that can be fixed.
+        kept: 0/1 for every component, module by module.
+        optimizer: of a training that goes on.
+    """
+    import torch
+
+    from autolora.adapters import compact
+
     masks = kept.split([layer.rank for layer in adapters.layers.values()])
     adapters.fix_gates(dict(zip(adapters.layers, masks, strict=True)))
     several = torch.distributed.is_available() and torch.distributed.is_initialized()

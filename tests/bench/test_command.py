@@ -139,14 +139,14 @@ def test_both_sides_of_a_run_train_on_the_same(tiny_bert_dir: Path, tmp_path: Pa
     settings = read_command_line(["suite=run", f"backbone.path={tiny_bert_dir}", "data.max_train=100", "epochs=3"])
     assert isinstance(settings, RunSettings)
     commands = make_commands(settings, tmp_path)
-    ours = commands["uniform8"].arguments(tmp_path)
+    ours = commands["uniform8"].arguments(tmp_path, False)
     assert {"data.source=mini", "data.max_train=100", "trainer.max_epochs=3", "budget.rank=8"} <= set(ours)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows["train"]["labels"]) == 90  # ours holds a tenth of its rows out
     jobs = {}
     for name in ("peft8-usual", "peft8-best"):
         (tmp_path / name).mkdir()
-        jobs[name] = json.loads(Path(commands[name].arguments(tmp_path / name)[1]).read_text())
+        jobs[name] = json.loads(Path(commands[name].arguments(tmp_path / name, False)[1]).read_text())
     assert [jobs[name]["best"] for name in jobs] == [False, True]
     assert jobs["peft8-usual"]["bf16"] is False
     assert jobs["peft8-best"]["epochs"] == 3

@@ -102,11 +102,15 @@ def test_peft_and_ours_train_the_same(subject: Subject, batch: Batch, rank: int)
     assert sum(p.numel() for p in trainable(ours.model).values()) == sum(
         p.numel() for p in trainable(peft.model).values()
     )
-    losses = []
+    with torch.no_grad():
+        for name, layer in ours.adapters.layers.items():
+            peft.model.get_parameter(f"base_model.model.{name}.lora_A.default.weight").copy_(layer.lora_A)
+    losses: list[list[Tensor]] = []
     for contender in (ours, peft):
         torch.manual_seed(0)  # the backbone's own dropout
-        losses.append(contender.step(batch))
-    torch.testing.assert_close(losses[0], losses[1])
+        losses.append([contender.step(batch) for _ in range(3)])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    assert len(set(map(float, losses[0]))) == 3
     assert options(ours) == options(peft)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -41,10 +42,15 @@ def missing(plan: RankPlan) -> float:
     return -sum(weight * max(0, want - rank) for weight, want, rank in zip(WEIGHTS, WANTED, ranks, strict=True))
 
 
-def measured_by(search: Search, seed: int, evaluations: int) -> Measurements:
+def measured_by(name: str, seed: int, evaluations: int) -> Measurements:
     measured = Measurements(SPACE, missing, evaluations=evaluations)
-    search(measured, seed)
+    SEARCHES[name](measured, seed)
     return measured
+
+
+@cache
+def long(name: str, seed: int) -> Measurements:
+    return measured_by(name, seed, 120)
 
 
 def by_brute_force() -> tuple[Levels, int]:
@@ -55,33 +61,31 @@ def by_brute_force() -> tuple[Levels, int]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("name", "evaluations"), [("rl_search", 400), ("evolution", 150)])
-def test_the_optimum_of_five_modules(name: str, evaluations: int, seed: int) -> None:
-    """Of 1,679 plans within the budget one is best."""
+@pytest.mark.parametrize("name", ["rl_search", "evolution"])
+def test_the_optimum_of_five_modules(name: str, seed: int) -> None:
+    """Of 1,679 plans within the budget one is best; 120 are measured."""
     best, plans = by_brute_force()
     assert (best, plans) == (WANTED, 1679)
-    measured = measured_by(SEARCHES[name], seed, evaluations)
-    assert measured.best == best
-    assert len(measured.scores) <= evaluations
+    assert long(name, seed).best == best
+    assert len(long(name, seed).scores) <= 120
 
 
 def test_the_policy_learns() -> None:
     """Plans that the agent comes to late are better than those that it came to early, and than random ones."""
-    scores = list(measured_by(SEARCHES["rl_search"], 0, 400).scores.values())
-    at_random = list(measured_by(search_at_random, 0, 400).scores.values())
-    early, late = np.mean(scores[:60]), np.mean(scores[-60:])
+    scores = list(long("rl_search", 0).scores.values())
+    at_random = list(long("random_search", 0).scores.values())
+    early, late = np.mean(scores[:25]), np.mean(scores[-25:])
     assert late > early
     assert late > np.mean(at_random)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_seed_says_it_all(name: str) -> None:
-    search = SEARCHES[name]
     torch.manual_seed(1)
-    one = measured_by(search, 5, 40)
+    one = measured_by(name, 5, 40)
     torch.manual_seed(2)
-    assert list(measured_by(search, 5, 40).scores.items()) == list(one.scores.items())
-    assert list(measured_by(search, 6, 40).scores) != list(one.scores)
+    assert list(measured_by(name, 5, 40).scores.items()) == list(one.scores.items())
+    assert list(measured_by(name, 6, 40).scores) != list(one.scores)
     assert len(one.scores) == 40
 
 
@@ -95,14 +99,14 @@ def test_the_random_state_of_the_process_stays_as_it_was(name: str) -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    measured_by(SEARCHES[name], 5, 20)
+    measured_by(name, 5, 20)
     assert [draw() for draw in draws] == expected
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("evaluations", [1, 2])
 def test_few_evaluations_and_few_plans(name: str, evaluations: int) -> None:
-    measured = measured_by(SEARCHES[name], 0, evaluations)
+    measured = measured_by(name, 0, evaluations)
     assert len(measured.scores) == evaluations
     one = {"only": Site(3, 3)}
     nothing = Measurements(PlanSpace(RankPlan.uniform(one, 2), 0), lambda plan: 0.0, evaluations=30)
@@ -115,10 +119,10 @@ def test_without_a_budget_the_price_stops_a_search() -> None:
     space = PlanSpace(LARGEST, None)
     price = 0.01 * LARGEST.params / 48
     for name in ("rl_search", "evolution"):
-        measured = Measurements(space, missing, evaluations=300, price=price)
+        measured = Measurements(space, missing, evaluations=60, price=price)
+        assert measured.best == space.top
         SEARCHES[name](measured, 0)
-        assert measured.worth(measured.best) > measured.worth(space.top)
-        assert measured.space.plan(measured.best).params < LARGEST.params
+        assert space.plan(measured.best).params < 0.8 * LARGEST.params, name
 
 
 def test_without_the_extra_the_configuration_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from autolora.validate import strategy_options
 
 NAMES = ["head", "bitfit", "full", "prompt", "prefix", "ia3"]
 PEFTS = NAMES[3:]
-OPTIONS: dict[str, dict[str, Any]] = {"prompt": {"tokens": 5}, "prefix": {"tokens": 5}}
+OPTIONS: dict[str, dict[str, Any]] = {"prompt": {"tokens": 5}, "prefix": {"tokens": 5, "projection": None}}
 FAMILIES = ["bert", "roberta", "distilbert", "deberta_v2", "electra", "gpt2", "llama"]
 RATES = Rates(adapter=GroupRates(1e-2), gate=GroupRates(None), head=GroupRates(1e-2))
 
@@ -594,7 +594,7 @@ def faults_of(*argv: str) -> list[str]:
 def test_there_is_no_budget_by_default_and_the_rates_suit(name: str) -> None:
     config = compose([f"strategy={name}"])
     assert not config.budget.enabled
-    rates = {"head": 1e-3, "bitfit": 1e-3, "full": 5e-5, "prompt": 1e-2, "prefix": 1e-2, "ia3": 1e-2}
+    rates = {"head": 1e-3, "bitfit": 1e-3, "full": 5e-5, "prompt": 1e-2, "prefix": 1e-3, "ia3": 1e-2}
     assert config.optim.adapter.lr == rates[name]
     assert compose([f"strategy={name}", "optim.adapter.lr=0.5"]).optim.adapter.lr == 0.5
     assert config.optim.head.lr == 1e-3

@@ -13,14 +13,22 @@ TOTAL_6, TOTAL_18, TOTAL_40 = (0, 0, 1, 2, 0, 3), (0, 1, 2, 4, 8, 3), (4, 6, 8, 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "budgeted"),
-    [(TOTAL_6, True), (TOTAL_18, True), (TOTAL_40, True), (TOTAL_18, False)],
-    ids=["total 6", "total 18", "total 40", "total 18 without a budget"],
+    ("ranks", "share", "sparsity"),
+    [
+        (TOTAL_6, 1.0, {}),
+        (TOTAL_18, 1.0, {}),
+        (TOTAL_40, 1.0, {}),
+        (TOTAL_18, None, {}),
+        (TOTAL_18, 1.5, {"spend_all": False}),
+    ],
+    ids=["total 6", "total 18", "total 40", "total 18 without a budget", "total 18 below a budget that is a ceiling"],
 )
-def test_autolora_recovers_planted_ranks(ranks: tuple[int, ...], budgeted: bool) -> None:
+def test_autolora_recovers_planted_ranks(
+    ranks: tuple[int, ...], share: float | None, sparsity: dict[str, bool]
+) -> None:
     pair = plant(ranks=ranks)
-    budget = Budget(params=pair.true_plan.params) if budgeted else Budget()
-    strategy = AutoLoRA(AutoLoRA.Options(), budget=budget, max_rank=16)
+    budget = Budget() if share is None else Budget(params=round(share * pair.true_plan.params))
+    strategy = AutoLoRA(AutoLoRA.Options.model_validate({"sparsity": sparsity}), budget=budget, max_rank=16)
     streams = planted_batches(pair, 128, seed=1), planted_batches(pair, 128, seed=2)
     fitted = fit(strategy, pair.student, *streams, steps=1000)
     assert list(fitted.plan.values()) == list(ranks)
