@@ -35,6 +35,7 @@ def begun(
     strategy: Strategy[Any], pair: TeacherStudent, steps: int, settings: AdapterSettings | None = None
 ) -> tuple[Adapters, Optimizer]:
     adapters = strategy.attach(pair.student, settings or AdapterSettings())
+    strategy.prepare(planted_batches(pair, 32, seed=3), mse)
     optimizer = AdamW(strategy.param_groups(RATES, steps))
     strategy.begin(steps, optimizer)
     return adapters, optimizer
@@ -45,11 +46,14 @@ def train(
 ) -> None:
     """Steps ``first`` to ``last``, each with the gradients of ``parts`` equal parts of its batch summed up."""
     model = strategy.adapters.model.train()
+    heldout = planted_batches(pair_of(), 32, seed=2)
     for step in range(first, last + 1):
         batch = next(batches)
+        if strategy.wants_heldout:
+            strategy.heldout_step(batch, next(heldout), mse)
         optimizer.zero_grad()
         for part in zip(*(tensor.chunk(parts) for tensor in batch.values()), strict=True):
-            loss = mse(model, dict(zip(batch, part, strict=True)))
+            loss = strategy.training_loss(model, dict(zip(batch, part, strict=True)), mse)
             penalty = strategy.penalty(loss)
             ((loss if penalty is None else loss + penalty) / parts).backward()
         strategy.after_backward()

@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from strategies.checks import assert_accumulation_of_2_is_one_double_batch
 from test_resume import Stopper, interrupted_run, outcome, stopper  # noqa: F401  fixture
 from test_run import configure, directory_of, sst2  # noqa: F401  fixtures
 from torch import Tensor, nn
 
 from autolora.adapters import compact
+from autolora.compose import compose
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.paths import config_root
+from autolora.plan import Budget
 from autolora.record import Clock, Run
 from autolora.results import RunDirectory
 from autolora.run import run_one, train
 from autolora.signals import Signals
+from autolora.strategies import make_strategy as strategy_of
 from autolora.training.problem import Problem, evaluate
 
 NAMES = sorted(path.stem for path in (config_root() / "strategy").glob("*.yaml"))
@@ -34,6 +38,8 @@ UNSPENT: dict[str, str] = {
     "dylora": "gives every module the same number of components",
     "rl_search": "may have measured that a smaller plan is worth more",
 }
+DRAWN = {"rl_search", "evolution", "random_search"}
+"""Every batch trains under plans that are drawn for it, also where batches are accumulated."""
 SMALLER: dict[str, tuple[str, ...]] = {
     "rl_search": ("strategy.evaluations=6",),
     "evolution": ("strategy.evaluations=6",),
@@ -58,6 +64,15 @@ def configured(configure: Any, tmp_path: Path) -> Any:  # noqa: F811
         return configure(f"strategy={name}", *extra, *overrides)
 
     return make
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - OUTSIDE - DRAWN - {"manual", "autolora_paper"}))
+def test_accumulation_of_2_is_one_double_batch(name: str) -> None:
+    """Of the others, ``manual`` needs a plan and ``autolora_paper`` query and value, which the small task has not."""
+    options = compose([f"strategy={name}"]).strategy.options
+    assert_accumulation_of_2_is_one_double_batch(
+        lambda: strategy_of(name, options, budget=Budget(rank=1.5), max_rank=4)
+    )
 
 
 def logits(problem: Problem, model: nn.Module) -> Tensor:
