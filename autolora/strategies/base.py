@@ -88,7 +88,7 @@ class Strategy(Generic[OptionsT]):
     Args:
         options: the strategy's own options.
         budget: how many adapter parameters the final plan may have.
-        max_rank: the largest rank of any module.
+        max_rank: the largest rank of any module, but where a strategy brings a table or a plan of its own.
 
     Attributes:
         scored_by: what the score of a plan is: the primary metric, or the negative loss, which is finer.
