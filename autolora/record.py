@@ -52,14 +52,16 @@ class Run:
     @property
     def identity(self) -> str:
         """The hash of everything that decides the outcome."""
-        problem = self.problem
-        return config_hash(self.cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
+        return self._hash(self.cfg)
 
     @property
     def search(self) -> str:
         """The hash of everything that decides what is selected: runs that only differ in what follows share it."""
-        problem, common = self.problem, self.cfg.model_copy(update={"retrain": "found", "retrain_on": "fit"})
-        return config_hash(common, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
+        return self._hash(self.cfg.model_copy(update={"retrain": "found", "retrain_on": "fit"}))
+
+    def _hash(self, cfg: RunConfig) -> str:
+        problem = self.problem
+        return config_hash(cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
 
     @property
     def stage(self) -> Literal["fit", "retrain"]:

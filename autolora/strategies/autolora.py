@@ -33,11 +33,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import best_components, keep
+from autolora.strategies.pruning import PhaseOptions, best_components, keep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,19 +89,6 @@ class SparsityOptions(StrategyOptions):
     ascent: float = Field(default=300.0, ge=0)
     gain: float = Field(default=100.0, ge=0)
     spend_all: bool = True
-
-
-class PhaseOptions(StrategyOptions):
-    """Shares of the run's steps; what warm-up and prune leave is the settle phase."""
-
-    warmup: float = Field(default=0.25, ge=0, le=1)
-    prune: float = Field(default=0.5, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _leave_room(self) -> PhaseOptions:
-        if self.warmup + self.prune > 1:
-            raise ValueError(f"warmup + prune: expected at most 1, got {self.warmup} + {self.prune}")
-        return self
 
 
 class Options(StrategyOptions):

@@ -1,17 +1,33 @@
-"""What strategies share that score trained components and keep the best."""
+"""What strategies share that score trained components and keep the best: phases, the choice, and its end."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from pydantic import Field, model_validator
+
 from autolora.plan import RankPlan, even_order, spend
+from autolora.strategies.base import StrategyOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
     from autolora.adapters import Adapters
+
+
+class PhaseOptions(StrategyOptions):
+    """Shares of the run's steps; what warm-up and prune leave is the settle phase."""
+
+    warmup: float = Field(default=0.25, ge=0, le=1)
+    prune: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _leave_room(self) -> PhaseOptions:
+        if self.warmup + self.prune > 1:
+            raise ValueError(f"warmup + prune: expected at most 1, got {self.warmup} + {self.prune}")
+        return self
 
 
 def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: int | None = None) -> Tensor:

@@ -42,12 +42,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import best_components, settle
+from autolora.strategies.pruning import PhaseOptions, best_components, settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,17 +64,11 @@ _HOLD = 0.2
 Phase = Literal["warmup", "prune", "settle"]
 
 
-class PhaseOptions(StrategyOptions):
-    """Shares of the run's steps; what warm-up and prune leave is the settle phase."""
+class Phases(PhaseOptions):
+    """A shorter warm-up than by default, and a prune phase in any case."""
 
     warmup: float = Field(default=0.1, ge=0, le=1)
     prune: float = Field(default=0.5, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _leave_room(self) -> PhaseOptions:
-        if self.warmup + self.prune > 1:
-            raise ValueError(f"warmup + prune: expected at most 1, got {self.warmup} + {self.prune}")
-        return self
 
 
 class Options(StrategyOptions):
@@ -84,7 +78,7 @@ class Options(StrategyOptions):
     lambda_end: float = Field(default=0.5, ge=0)
     lambda_max: float = Field(default=2.0, gt=0)
     normalize: bool = True
-    phases: PhaseOptions = PhaseOptions()
+    phases: Phases = Phases()
 
 
 class SoRA(Strategy[Options]):
