@@ -1,6 +1,6 @@
 """Which strategies find planted ranks, and where they stop: ``python experiments/planted_recovery/run.py``.
 
-Every cell of the study (regime, ranks, seed, method) is one row of ``results.csv``, written as soon as it is there.
+``--regimes encoder`` asks the same of a pretrained encoder. Every cell of the study (regime, ranks, seed, method) is one row of ``results.csv``, written as soon as it is there.
 Cells that have a row are not run again.
 """
 
@@ -28,22 +28,23 @@ RATE = 3e-3
 
 @dataclass(frozen=True)
 class Regime:
-    """What is not easy: overrides of the command line, and the share of the true cost that methods are told."""
+    """What is not easy: overrides of the command line, the share of the true cost that methods are told, and steps."""
 
     overrides: tuple[str, ...] = ()
-    total: float | None = 1.0
+    share: float | None = 1.0
+    steps: int = STEPS
 
 
-DECAYING, NOISE, THIRD = "task.profile=decaying", "task.noise=1.0", f"trainer.max_steps={STEPS // 3}"
+DECAYING, NOISE, THIRD = "task.profile=decaying", "task.noise=1.0", STEPS // 3
 REGIMES = {
     "easy": Regime(),
     "decaying": Regime((DECAYING,)),
     "noise": Regime((NOISE,)),
-    "third": Regime((THIRD,)),
-    "all_three": Regime((DECAYING, NOISE, THIRD)),
-    "total_too_small": Regime(total=2 / 3),
-    "total_too_large": Regime(total=4 / 3),
-    "no_total": Regime(total=None),
+    "third": Regime(steps=THIRD),
+    "all_three": Regime((DECAYING, NOISE), steps=THIRD),
+    "total_too_small": Regime(share=2 / 3),
+    "total_too_large": Regime(share=4 / 3),
+    "no_total": Regime(share=None),
 }
 
 PEFT_ADALORA = "peft_adalora"
@@ -66,6 +67,12 @@ IN_TWO = {
     for name in ("eva", "gradient", "spectral", "random", "uniform", "rl_search", "evolution", "random_search")
 }
 """In ``easy`` and ``all_three`` only, at a total of 18."""
+
+ENCODER, DRAWN = "encoder", "drawn"
+ON_ENCODER = Regime(("data.source=mini", "data.batch_size=16"), steps=1000)
+"""``task=planted_encoder``: a pretrained encoder on the embedded sentences. The ranks are drawn for each seed."""
+
+IN_ENCODER = ("autolora", PEFT_ADALORA, "adalora", "sora", "svd_truncate", "rl_search", "evolution", "random_search")
 
 WITHOUT_TOTAL = ("autolora", "sora", PEFT_ADALORA)
 """Methods that have an answer without a total; PEFT's AdaLoRA takes its default target, 8 for each module."""
@@ -96,36 +103,37 @@ def cells(seeds: range) -> Iterator[tuple[str, str, int, str]]:
                         yield regime, total, seed, method
                 if regime in ("easy", "all_three") and total == "18":
                     yield from ((regime, total, seed, method) for method in IN_TWO)
+        yield from ((ENCODER, DRAWN, seed, method) for method in IN_ENCODER)
 
 
 def run_cell(cell: Cell) -> dict[str, object]:
     name, total, seed, method, lr = cell
-    regime = REGIMES[name]
+    regime = REGIMES.get(name, ON_ENCODER)
     from autolora.compose import compose
     from autolora.errors import NonFiniteLossError
+    from autolora.parts import make_problem
+    from autolora.plan import RankPlan
     from autolora.run import run_one
-    from autolora.tasks.planted import plant
 
     start = time.perf_counter()
-    ranks = [int(r) for r in PROFILES[total].strip("[]").split(",")]
+    planted = ["task=planted_encoder"] if name == ENCODER else ["task=planted", f"task.ranks={PROFILES[total]}"]
     folder = Path(tempfile.mkdtemp(prefix="planted_recovery_"))
-    true = plant(ranks=ranks).true_plan
-    told = None if regime.total is None else round(regime.total * true.params)
-    steps = STEPS // 3 if THIRD in regime.overrides else STEPS
-    cfg = compose([
-        "task=planted", f"task.ranks={PROFILES[total]}", f"seed={seed}", f"trainer.max_steps={steps}", "logger=csv",
-        f"optim.adapter.lr={lr}", "budget=none" if told is None else f"budget.params={told}", f"run_root={folder}",
-        "trainer.enable_progress_bar=false", *(text for text in regime.overrides if text != THIRD),
-        *(EVERYWHERE | IN_TWO)[method],
-    ])  # fmt: skip
+    common = [
+        *planted, f"seed={seed}", f"trainer.max_steps={regime.steps}", "logger=csv", f"optim.adapter.lr={lr}",
+        f"run_root={folder}", "trainer.enable_progress_bar=false", *regime.overrides,
+    ]  # fmt: skip
+    problem = make_problem(compose(common))
+    problem.build()
+    true = problem.true_plan
+    told = None if regime.share is None else round(regime.share * true.params)
+    budget = "budget=none" if told is None else f"budget.params={told}"
+    cfg = compose([*common, budget, *(EVERYWHERE | IN_TWO)[method]])
     plans = 0
     if method == PEFT_ADALORA:
         from peft_adalora import train
 
-        found, error = train(cfg, 8 * len(ranks) if regime.total is None else round(regime.total * sum(ranks)))
+        found, error = train(cfg, 8 * len(true) if regime.share is None else round(regime.share * true.components))
     else:
-        from autolora.plan import RankPlan
-
         try:
             result = run_one(cfg)
         except NonFiniteLossError:  # nothing is found
@@ -147,7 +155,7 @@ def run_cell(cell: Cell) -> dict[str, object]:
         "params": found.params,
         "true_params": true.params,
         "told_params": told,
-        "steps": steps,
+        "steps": regime.steps,
         "plans_measured": plans,
         "seconds": round(time.perf_counter() - start, 1),
     }
