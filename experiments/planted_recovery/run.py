@@ -1,7 +1,7 @@
 """Which strategies find planted ranks, and where they stop: ``python experiments/planted_recovery/run.py``.
 
-``--regimes encoder`` asks the same of a pretrained encoder. Every cell of the study (regime, ranks, seed, method) is one row of ``results.csv``, written as soon as it is there.
-Cells that have a row are not run again.
+``--regimes encoder`` asks the same of a pretrained encoder. Every cell of the study (regime, ranks, seed, method) is
+one row of ``results.csv``, written as soon as it is there. Cells that have a row are not run again.
 """
 
 from __future__ import annotations
