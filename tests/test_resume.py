@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -373,7 +374,9 @@ def test_the_last_two_checkpoints_are_kept_and_none_after_the_end(
     assert [path.name for path in files.checkpoints.glob("step-*")] == ["step-00000020.ckpt"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "folder", "no trainable", "no seconds", "no part"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "changed", "empty", "garbage", "folder", "no trainable", "no seconds", "no part"]
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, stopper: Stopper, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -392,9 +395,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         del lacking["autolora" if damage == "no part" else damage.removeprefix("no ")]
         torch.save(checkpoint, last)
     else:
-        last.write_bytes(
-            {"cut": content[:middle], "changed": content[:middle] + b"X" + content[middle + 1 :], "empty": b""}[damage]
-        )
+        changed = content[:middle] + b"X" + content[middle + 1 :]
+        garbage = b"\x80" + random.Random(0).randbytes(5000)  # the first byte is that of a pickle
+        last.write_bytes({"cut": content[:middle], "changed": changed, "empty": b"", "garbage": garbage}[damage])
     capsys.readouterr()
     run_one(cfg)
     said = capsys.readouterr().out.splitlines()
@@ -458,11 +461,33 @@ def test_without_a_readable_checkpoint_it_starts_again(
 ) -> None:
     cfg = planted(tmp_path, "trainer.max_steps=20")
     files = stopped_at(cfg, stopper, 11)
-    for path in files.checkpoints.iterdir():
+    for path in list(files.checkpoints.iterdir()):
         path.write_bytes(path.read_bytes()[:100])
     capsys.readouterr()
     assert run_one(cfg).seconds.earlier == 0
-    assert f"an earlier attempt left no checkpoint; starting again in {files.path}" in capsys.readouterr().out
+    assert (
+        f"an earlier attempt left no checkpoint that can be read; starting again in {files.path}"
+        in capsys.readouterr().out
+    )
+
+
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(
+    tmp_path: Path, stopper: Stopper, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = planted(tmp_path, "trainer.max_steps=20", "trainer.checkpoint_every_n_steps=3")
+    files = stopped_at(cfg, stopper, 17)
+    for path in list(files.checkpoints.iterdir()):
+        path.write_bytes(path.read_bytes()[:100])
+    stopped_at(cfg, stopper, 8)
+    assert "at step 8; the same command goes on from step-00000008.ckpt" in capsys.readouterr().out
+    assert sorted(path.name for path in files.checkpoints.glob("*.ckpt")) == [
+        "step-00000006.ckpt",
+        "step-00000008.ckpt",
+    ]
+    assert run_one(cfg).status == "complete"
+    assert "resuming at step 8 of 20" in capsys.readouterr().out
+    assert b"\r" not in files.history.read_bytes()
+    assert not files.checkpoints.exists()
 
 
 class Payload:
@@ -475,16 +500,20 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["in an archive", "bare"])
-def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path: Path, stopper: Stopper, packed: bool) -> None:
+@pytest.mark.parametrize("protocol", [None, *range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(
+    tmp_path: Path, stopper: Stopper, protocol: int | None
+) -> None:
+    """In an archive, as torch makes them, or as a bare pickle of any protocol."""
     cfg = planted(tmp_path, "trainer.max_steps=20")
     files = stopped_at(cfg, stopper, 11)
     (last,) = files.checkpoints.iterdir()
-    if packed:
+    if protocol is None:
         torch.save(torch.load(last, weights_only=True) | {"extra": Payload(tmp_path / "run")}, last)
     else:
-        last.write_bytes(pickle.dumps(Payload(tmp_path / "run")))
-    with pytest.raises(CheckpointError, match=r"step-00000011\.ckpt carries code or objects, and is refused"):
+        last.write_bytes(pickle.dumps(Payload(tmp_path / "run"), protocol))
+    refused = r"step-00000011\.ckpt carries code or objects, and is refused: .* start again with force=true$"
+    with pytest.raises(CheckpointError, match=refused):
         run_one(cfg)
     assert not (tmp_path / "run").exists()
     assert last.exists()

@@ -318,14 +318,23 @@ def fully_trained_modules(model: nn.Module, settings: AdapterSettings) -> list[s
     return outermost_heads(name for name, _ in model.named_modules())
 
 
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model with adapters of ours.
+
+    Raises:
+        TargetError: if it carries any.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise TargetError("the model already carries adapters; detach them first")
+
+
 def find_sites(model: nn.Module, settings: AdapterSettings) -> dict[str, Site]:
     """Every module that the settings select for an adapter, with its shape, in model order.
 
     Raises:
         TargetError: if nothing is selected, a pattern matches nothing, or the model carries adapters already.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise TargetError("the model already carries adapters; detach them first")
+    require_bare(model)
     names = select(model, settings.targets, fully_trained_modules(model, settings))
     return {name: site for name in names if (site := site_of(model.get_submodule(name))) is not None}
 

@@ -132,7 +132,7 @@ class History(pl.Callback):
             logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=step)
         row |= {f"rank:{name}": rank for name, rank in plan.items()}
         text = io.StringIO(newline="")
-        writer: csv.DictWriter[str] = csv.DictWriter(text, fieldnames=self._header or list(row))
+        writer: csv.DictWriter[str] = csv.DictWriter(text, self._header or list(row), lineterminator="\n")
         if self._header is None:
             writer.writeheader()
             self._header = list(row)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import random
 import shutil
 import time
@@ -46,6 +47,8 @@ _KEYS = {
     "steps_done", "examples_seen", "heldout_taken",
 }  # fmt: skip
 _SUFFIX = ".ckpt"
+_DAMAGED = ".damaged"
+_IMPORTS = ("GLOBAL", "STACK_GLOBAL", "INST")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class _DamagedError(Exception):
 
 
 def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The last checkpoint that can be read; each one that is damaged is said and passed over.
+    """The last checkpoint that can be read; each one that is damaged is said and set aside, so that none counts as
+    one of those that are kept.
 
     Args:
         folder: of the checkpoints.
@@ -84,12 +88,17 @@ def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | N
 
     Raises:
         CheckpointError: if one carries code, or is of another run or another format.
+        PathError: if one that is damaged cannot be renamed.
     """
     for path in _by_age(folder):
         try:
             ours = _checked(path, run)[_OURS]
         except _DamagedError as error:
-            say(f"{path} is damaged ({error}): passed over")
+            aside = path.with_name(path.name + _DAMAGED)
+            say(f"{path} is damaged ({error}): set aside as {aside.name}")
+            with writing(path):
+                _delete(aside)
+                path.rename(aside)
             continue
         return Checkpoint(path, ours["step"], ours["total_steps"], ours["seconds"], ours["logger"])
     return None
@@ -97,7 +106,7 @@ def newest(folder: Path, run: str, say: Callable[[str], None]) -> Checkpoint | N
 
 def discard(folder: Path) -> None:
     """Delete the checkpoints of a run that is complete, and their folder."""
-    for path in _by_age(folder):
+    for path in (*_by_age(folder), *folder.glob(f"step-*{_SUFFIX}{_DAMAGED}")):
         _delete(path)
     with suppress(OSError):  # something else is in it
         folder.rmdir()
@@ -141,10 +150,13 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is whole and holds something else.
     """
-    refused = f"{path} carries code or objects, and is refused: checkpoints hold tensors and plain values alone"
+    refused = (
+        f"{path} carries code or objects, and is refused: checkpoints hold tensors and plain values alone; delete it, "
+        "or start again with force=true"
+    )
     try:
         data = path.read_bytes()
-        if data[:1] == b"\x80":  # a bare pickle, which no checkpoint begins with
+        if _imports(data):  # a bare pickle; a checkpoint is an archive
             raise CheckpointError(refused)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             changed = archive.testzip()  # torch itself does not look at the checksums
@@ -154,11 +166,18 @@ def read(path: Path) -> dict[str, Any]:
         raise _DamagedError(f"wrong checksum of {changed}")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{refused} ({reason}); delete it, or start again with force=true") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(refused) from None
     except RuntimeError as error:
         raise _DamagedError(str(error).splitlines()[0]) from None
+
+
+def _imports(data: bytes) -> bool:
+    """Whether this is a pickle, of any protocol, that would import something; it is not run."""
+    try:
+        return any([code.name in _IMPORTS for code, _, _ in pickletools.genops(data)])  # to the end: garbage has none
+    except Exception:  # whatever the parser of garbage comes upon
+        return False
 
 
 # Random streams ------------------------------------------------------------------------------------------------------

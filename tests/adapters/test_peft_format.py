@@ -409,6 +409,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "other ranks": ({}, {f"{QUERY}.lora_A.weight": torch.ones(3, 16)}, "expected factors for"),
     "other head": ({}, {f"{HEAD}.weight": torch.ones(5, 16)}, r"expected shape \(3, 16\), got \(5, 16\)"),
     "half a head": ({}, {f"{HEAD}.bias": None}, "classifier.bias: the module is saved in full, but"),
+    "no head": ({}, {f"{HEAD}.weight": None, f"{HEAD}.bias": None}, "classifier.weight: the module is saved in full"),
     "unknown parameter": ({}, {"base_model.model.extra.weight": torch.ones(5)}, "extra.weight: the model has no such"),
 }  # fmt: skip
 
@@ -456,6 +457,27 @@ def test_a_damaged_configuration_is_a_clear_error(text: str | None, stock_folder
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(DataError, match=r"adapter_config\.json"):
         load_peft(make("bert"), folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", "x"), ("lora_alpha", None), ("alpha_pattern", ["x"]), ("alpha_pattern", {"query": "4"}),
+        ("lora_dropout", "a"), ("lora_dropout", 2), ("modules_to_save", "classifier"), ("use_rslora", "no"),
+    ],
+)  # fmt: skip
+def test_values_that_no_configuration_has_are_a_clear_error(
+    key: str, value: Any, stock_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=rf"adapter_config\.json has {key}="):
+        load_peft(make("bert"), altered(stock_folder, tmp_path, {key: value}))
+
+
+def test_a_model_with_adapters_is_refused(stock_folder: Path) -> None:
+    model = make("bert")
+    load_peft(model, stock_folder)
+    with pytest.raises(TargetError, match="already carries adapters; detach them first"):
+        load_peft(model, stock_folder)
 
 
 def test_names_without_the_prefix_and_with_the_adapter_name(stock_folder: Path, tmp_path: Path) -> None:
@@ -521,6 +543,16 @@ def test_a_sidecar_that_lacks_something_is_a_clear_error(key: str, value: Any, l
     sidecar = json.loads((ours / "autolora.json").read_text())
     (ours / "autolora.json").write_text(json.dumps(sidecar | {key: value}))
     with pytest.raises(DataError, match=rf"autolora\.json: damaged: {lacking} missing or malformed"):
+        load_peft(make("bert"), ours)
+
+
+def test_an_adapter_that_lacks_a_module_which_its_sidecar_names_is_refused(ours: Path) -> None:
+    tensors = load_file(ours / "adapter_model.safetensors")
+    module = next(key for key in tensors if "lora_A" in key).partition(".lora_A")[0]
+    save_file({key: t for key, t in tensors.items() if not key.startswith(module)}, ours / "adapter_model.safetensors")
+    with pytest.raises(
+        DataError, match=rf"lacks factors of {module.removeprefix('base_model.model.')}; copy or export"
+    ):
         load_peft(make("bert"), ours)
 
 

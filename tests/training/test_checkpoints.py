@@ -164,4 +164,4 @@ def test_tensors_without_a_header_are_no_checkpoint(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, path)
     said: list[str] = []
     assert newest(tmp_path, "run", said.append) is None
-    assert said == [f"{path} is damaged (it does not say whose it is): passed over"]
+    assert said == [f"{path} is damaged (it does not say whose it is): set aside as {path.name}.damaged"]

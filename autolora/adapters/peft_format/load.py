@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autolora.adapters.attach import Adapters, AdapterSettings, attach
+from autolora.adapters.attach import Adapters, AdapterSettings, attach, require_bare
 from autolora.adapters.canonical import canonical_factors
 from autolora.adapters.fingerprint import check_fingerprint
 from autolora.adapters.linear_like import site_of
@@ -48,9 +48,24 @@ _UNSUPPORTED_TENSORS = {
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+# What the values of adapter_config.json that we compute with may be.
+_VALUES: dict[str, Callable[[Any], bool]] = {
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+    "alpha_pattern": lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+    "use_rslora": lambda value: value is None or isinstance(value, bool),
+    "fan_in_fan_out": lambda value: value is None or isinstance(value, bool),
+    "modules_to_save": lambda value: value is None or isinstance(value, list),
+}
+
 # What has to be in autolora.json for the adapter to be loaded.
 _FIELDS = {
-    "base_model": str, "sites": dict, "ranks": dict, "fingerprint.hashes": dict, "fingerprint.without": list,
+    "base_model": str, "sites": dict, "ranks": dict, "in_full": list, "fingerprint.hashes": dict,
+    "fingerprint.without": list,
 }  # fmt: skip
 
 
@@ -83,10 +98,12 @@ def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
             them, the model has to be the backbone that it names.
 
     Raises:
-        DataError: if a file is missing, damaged or not safetensors.
-        TargetError: if the adapter is not a plain LoRA adapter of linear modules, or does not fit the model.
+        DataError: if a file is missing, damaged or not safetensors, or a module lacks its tensors.
+        TargetError: if the model carries adapters already, or the adapter is not a plain LoRA adapter of linear
+            modules, or does not fit the model.
         BackboneError: if the model is not the backbone that the adapter was trained on.
     """
+    require_bare(model)
     directory = Path(directory)
     config, sidecar = read_config(directory), read_sidecar(directory)
     contents = _sort(read_tensors(directory))
@@ -95,6 +112,9 @@ def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
         check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], sidecar["base_model"])
         for name in [name for name in contents.a if sidecar["ranks"].get(name) == 0]:
             del contents.a[name], contents.b[name]  # stands in for an adapter, because PEFT needs one
+        absent = [name for name, rank in sidecar["ranks"].items() if rank and name not in contents.a]
+        if absent := [name for name in absent if not under(name, sidecar["in_full"])]:
+            raise DataError(f"{directory}: {WEIGHTS} lacks factors of {absent[0]}; copy or export the adapter again")
     in_full, biases = _trained_in_full(model, config, contents.other)
     _check_fit(model, contents, in_full)
     scaling = {name: _scaling(config, name, len(a)) for name, a in contents.a.items()}
@@ -122,7 +142,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
     Raises:
-        DataError: if it is missing or not JSON.
+        DataError: if it is missing, not JSON, or has values of other types.
         TargetError: if it describes something else than plain LoRA.
     """
     config = _read_json(directory / CONFIG)
@@ -135,6 +155,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if refused:
         text = ", ".join(f"{key}={config[key]}" for key in refused)
         raise TargetError(f"{directory}: expected plain LoRA, but {CONFIG} has {text}, which is not supported")
+    if malformed := [f"{key}={value!r}" for key, value in config.items() if key in _VALUES and not _VALUES[key](value)]:
+        text = ", ".join(malformed)
+        raise DataError(f"{directory}: {CONFIG} has {text}, which no adapter has; copy or export it again")
     return config
 
 
@@ -212,10 +235,9 @@ def _trained_in_full(model: nn.Module, config: Mapping[str, Any], other: Iterabl
     """The modules whose whole state is in the file, and the biases that are there by themselves."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     wrapped = wrapped_in_full(names, config.get("modules_to_save") or [])
-    present = [name for name in wrapped if any(under(key, [name]) for key in other)]
-    loose = [name for name in other if not under(name, present)]
+    loose = [name for name in other if not under(name, wrapped)]
     weights = [name for name in loose if not name.endswith((".bias", "_bias"))]
-    in_full = outermost([*present, *(name.rpartition(".")[0] for name in weights)])
+    in_full = outermost([*wrapped, *(name.rpartition(".")[0] for name in weights)])
     return in_full, [name for name in loose if not under(name, in_full)]
 
 

@@ -97,7 +97,7 @@ def save_peft(
         loose = [name for name in trained if not under(name, layout.wrapped)]
         tensors |= {PREFIX + _bias_key(name, layout.factors): model.get_parameter(name) for name in loose}
         config = _config(model, layout, loose, base_model, task_type)
-        without = [*with_ties(model, adapters.fully_trained), *fresh, *trained]
+        without = list(dict.fromkeys([*with_ties(model, adapters.fully_trained), *fresh, *trained]))
         sidecar = sidecar_of(adapters, model, base_model, without=without, in_full=layout.wrapped, metadata=metadata)
         written = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     with replacing_directory(directory) as folder:
