@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import RunConfig, WandbConfig
+from autolora.errors import PlanError
 from autolora.parts import (
     adapter_settings,
     is_main_process,
@@ -156,6 +157,7 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     second = run.stage == "retrain"
     run.strategy = strategy
     adapters = strategy.attach(problem.model, adapter_settings(cfg))
+    check_budget(strategy)
     problem.model = adapters.model
     say(adapters.summary())
 
@@ -181,6 +183,23 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     run.signals.at_once()
     with run.clock.measure(run.stage):
         fit(trainer, module, problem, choice, run.checkpoints, checkpoint.path if checkpoint else None)
+
+
+def check_budget(strategy: Strategy[Any]) -> None:
+    """Refuse a budget that is there and buys nothing; one of 0 asks for the head alone.
+
+    Raises:
+        PlanError: if it does not pay for a single component.
+    """
+    if not strategy.allowance:
+        return
+    sites = strategy.largest.sites
+    cheapest = min(sites, key=lambda name: sites[name].cost)
+    if strategy.allowance < sites[cheapest].cost:
+        raise PlanError(
+            f"the budget of {strategy.allowance:,} parameters does not pay for a single component: the cheapest, of "
+            f"{cheapest}, costs {sites[cheapest].cost:,}; raise it"
+        )
 
 
 def select(run: Run) -> tuple[RankPlan, Scores]:

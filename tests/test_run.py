@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from autolora.compose import compose
 from autolora.config import RunConfig
-from autolora.errors import NonFiniteLossError
+from autolora.errors import ConfigError, NonFiniteLossError, PlanError
 from autolora.parts import seed_for
 from autolora.plan import RankPlan, Site
 from autolora.record import budget_notes
@@ -145,21 +145,21 @@ def test_a_complete_configuration_is_not_run_again_unless_forced(
 
 def test_other_data_is_another_run(configure: Any, tmp_path: Path) -> None:
     other = write_sst2(tmp_path / "other", flip_dev=True)
-    one, two = configure("trainer.max_steps=1"), configure("trainer.max_steps=1", data=other)
+    one, two = configure("trainer.max_steps=2"), configure("trainer.max_steps=2", data=other)
     assert directory_of(one, run_one(one)).path != directory_of(two, run_one(two)).path
 
 
 def test_other_weights_in_the_same_folder_are_another_run(configure: Any, tiny_bert_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_bert_dir, model)
-    first = run_one(configure(f"backbone.path={model}", "trainer.max_steps=1"))
+    first = run_one(configure(f"backbone.path={model}", "trainer.max_steps=2"))
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(model, moved)
-    assert run_one(configure(f"backbone.path={moved}", "trainer.max_steps=1")) == first
+    assert run_one(configure(f"backbone.path={moved}", "trainer.max_steps=2")) == first
     weights = load_file(model / "model.safetensors")
     weights["encoder.layer.0.attention.self.key.weight"] *= 2
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    second = run_one(configure(f"backbone.path={model}", "trainer.max_steps=1"))
+    second = run_one(configure(f"backbone.path={model}", "trainer.max_steps=2"))
     assert second.backbone_fingerprint != first.backbone_fingerprint
     assert second.config_hash != first.config_hash
 
@@ -280,6 +280,20 @@ def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:
     scores = problem.splits["fit"].labels  # type: ignore[attr-defined]
     bias = problem.model.get_parameter("classifier.bias")
     assert bias.item() == pytest.approx(sum(scores) / len(scores))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "autolora", "svd_truncate", "evolution"])
+def test_a_budget_that_pays_for_nothing_is_refused(strategy: str, tmp_path: Path) -> None:
+    cfg = compose([f"strategy={strategy}", "task=planted", "budget.params=10", f"run_root={tmp_path}", "logger=csv"])
+    with pytest.raises(PlanError, match=r"budget of 10 parameters does not pay for a single component: .* costs 96;"):
+        run_one(cfg)
+
+
+def test_nothing_to_train_is_said(tmp_path: Path) -> None:
+    (tmp_path / "ranks.json").write_text('{"U0": 0}')
+    manual = ("strategy=manual", f"strategy.path={tmp_path / 'ranks.json'}", "budget=none")
+    with pytest.raises(ConfigError, match="there is nothing to train: every rank is 0"):
+        run_one(compose(["task=planted", f"run_root={tmp_path}", "logger=csv", *manual]))
 
 
 def test_streams_of_a_seed_are_separate() -> None:

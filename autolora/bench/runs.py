@@ -52,13 +52,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Command:
-    """A process to time: its arguments in a fresh folder, or those of one step, and how to read what it leaves."""
+    """A process to time: its arguments in a fresh folder, or those of two steps, and how to read what it leaves."""
 
     arguments: Callable[[Path, bool], list[str]]
     outcome: Callable[[Path], Outcome]
 
     def run(self, folder: Path, *, importtime: bool = False) -> str:
-        """Run it to its end, or for one step with a report of its imports; gives its standard error.
+        """Run it to its end, or for two steps (autolora needs two) with a report of its imports; gives its standard error.
 
         Raises:
             RunFailedError: if it fails.
@@ -147,9 +147,9 @@ def _overrides(settings: RunSettings) -> list[str]:
 
 
 def _ours(overrides: list[str]) -> Command:
-    def arguments(folder: Path, one_step: bool) -> list[str]:
+    def arguments(folder: Path, short: bool) -> list[str]:
         places = [f"run_root={folder / 'runs'}", f"data.cache_dir={folder / 'tokens'}"]
-        return ["autolora.train", *overrides, *places, *(["trainer.max_steps=1"] if one_step else [])]
+        return ["autolora.train", *overrides, *places, *(["trainer.max_steps=2"] if short else [])]
 
     def outcome(folder: Path) -> Outcome:
         result = json.loads(next(folder.glob("runs/*/result.json")).read_text(encoding="utf-8"))
@@ -197,10 +197,10 @@ def _job(settings: RunSettings, cfg: RunConfig, rows: Path) -> dict[str, Any]:
 
 
 def _reference(job: dict[str, Any], *, best: bool) -> Command:
-    def arguments(folder: Path, one_step: bool) -> list[str]:
+    def arguments(folder: Path, short: bool) -> list[str]:
         written = folder / "job.json"
         mine = {"best": best, "bf16": job["bf16"] and best, "out": str(folder / "metric.json")}
-        written.write_text(json.dumps(job | mine | {"max_steps": 1 if one_step else -1}), encoding="utf-8")
+        written.write_text(json.dumps(job | mine | {"max_steps": 2 if short else -1}), encoding="utf-8")
         return ["autolora.bench.hf_trainer", str(written)]
 
     def outcome(folder: Path) -> Outcome:
@@ -210,7 +210,7 @@ def _reference(job: dict[str, Any], *, best: bool) -> Command:
 
 
 def _imports(command: Command, scratch: str) -> dict[str, float]:
-    """Where the imports of one step go; the report itself makes them slower, so that no run is timed with it."""
+    """Where the imports of two steps go; the report itself makes them slower, so that no run is timed with it."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         seconds = import_seconds(command.run(Path(folder), importtime=True).splitlines())
     return {"all": sum(seconds.values())} | dict(list(seconds.items())[:_MOST_IMPORTS])

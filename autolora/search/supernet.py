@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.search.measure import Measurements, search_at_random
 from autolora.search.space import PlanSpace
@@ -82,9 +83,12 @@ class SuperNet(Strategy[SearchT]):
         """The largest plan on the grid.
 
         Raises:
+            ConfigError: if ``max_rank`` is below ``min_rank``.
             PlanError: if the budget does not pay for ``min_rank`` everywhere.
         """
         options = self.options
+        if self.max_rank < options.min_rank:
+            raise ConfigError(f"max_rank={self.max_rank}: expected at least strategy.min_rank={options.min_rank}")
         self.space = PlanSpace(self.largest, self.allowance, min_rank=options.min_rank, step=options.step)
         return self.space.plan(self.space.top)
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
 from autolora.strategies.pruning import PhaseOptions, best_components, keep
@@ -143,7 +144,11 @@ class AutoLoRA(Strategy[Options]):
         return adapters
 
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
-        """Lay out the phases over the run."""
+        """Lay out the phases over the run.
+
+        Raises:
+            ConfigError: if there is no room for the selectors to learn.
+        """
         import torch
 
         # Training may have moved the model, or changed its precision.
@@ -160,6 +165,12 @@ class AutoLoRA(Strategy[Options]):
         phases = self.options.phases
         self.listen_from = round(phases.warmup * total_steps)
         self.settle_from = min(total_steps, round((phases.warmup + phases.prune) * total_steps))
+        steps = self.settle_from - self.listen_from
+        if steps < 2:
+            raise ConfigError(
+                f"strategy.phases: of {total_steps} steps the prune phase has {steps}; expected at least 2, one to "
+                "listen and one to learn: raise trainer.max_steps or strategy.phases.prune"
+            )
         self.prune_from = self.listen_from + max(1, round(_LISTEN * (self.settle_from - self.listen_from)))
         self.calibration = max(1, total_steps // 100)
         self.losses_seen = self.step_seen = 0
@@ -247,7 +258,11 @@ class AutoLoRA(Strategy[Options]):
         self.phase = "prune"
 
     def _let_learn(self, logits: Tensor) -> None:
-        """Set the selectors and let them gate; B takes the inverse of a soft gate, so that the output does not jump."""
+        """Set the selectors and let them gate; B takes the inverse of a soft gate, so that the output does not jump.
+
+        Raises:
+            ConfigError: if a gate would begin at 0, which no B makes up for.
+        """
         import torch
 
         with torch.no_grad():
@@ -255,6 +270,12 @@ class AutoLoRA(Strategy[Options]):
             for (name, gate), part in zip(self.gates.items(), parts, strict=True):
                 gate.logits.copy_(part)
                 gate.learn()
+                if bool((gate.value() == 0).any()):
+                    selector = self.options.selector
+                    raise ConfigError(
+                        f"strategy.selector.init={selector.init}: a gate of form {selector.form} is 0 there; expected "
+                        "one that every component can begin with: raise it"
+                    )
                 self.adapters.layers[name].lora_B.div_(gate.value())
 
     def _move_price(self, step: int) -> None:

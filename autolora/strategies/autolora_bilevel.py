@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from autolora.errors import ConfigError
 from autolora.strategies.autolora import AutoLoRA
 from autolora.strategies.autolora import Options as AutoLoRAOptions
 from autolora.strategies.base import Batch, GroupRates, LossFn, Rates
@@ -66,6 +65,11 @@ class AutoLoRABilevel(AutoLoRA):
         self.lookahead = self.options.lookahead or rates.adapter.lr or 0.0
         return [group for group in groups if group is not gate]
 
+    @property
+    def trainable(self) -> int:
+        """The selectors too, which require a gradient only where they are asked for one."""
+        return super().trainable + self.adapters.count()["gate"]
+
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
         """Lay out the phases over the run.
 
@@ -83,12 +87,6 @@ class AutoLoRABilevel(AutoLoRA):
             noise=self.noise,
         )
         super().begin(total_steps, optimizer)
-        steps = self.settle_from - self.listen_from
-        if steps < 2:
-            raise ConfigError(
-                f"strategy.phases: of {total_steps} steps the prune phase has {steps}; expected at least 2, one to "
-                "listen and one to learn: raise trainer.max_steps or strategy.phases.prune"
-            )
 
     def heldout_step(self, batch: Batch, heldout: Batch, loss_fn: LossFn) -> None:
         """Listen to the selectors' gradient on a held-out batch, or step along it and against the price."""

@@ -96,6 +96,11 @@ class AutoLoRAPaper(Strategy[Options]):
         self.lookahead = self.options.lookahead or rates.adapter.lr or 0.0
         return super().param_groups(rates, total_steps)
 
+    @property
+    def trainable(self) -> int:
+        """The selectors too, which require a gradient only where they are asked for one."""
+        return super().trainable + self.adapters.count()["gate"]
+
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
         """Give the selectors an optimizer of their own."""
         from autolora.strategies.bilevel import UpperLevel

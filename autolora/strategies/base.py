@@ -123,6 +123,11 @@ class Strategy(Generic[OptionsT]):
         self.adapters = attach(model, settings, self.initial_plan(), self.make_gate)
         return self.adapters
 
+    @property
+    def trainable(self) -> int:
+        """Parameters that training moves at present, by whatever optimizer."""
+        return self.adapters.count()["trainable"]
+
     def initial_plan(self) -> RankPlan:
         """Ranks at the start of training; the largest plan by default."""
         return self.largest

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from autolora.adapters import Adapters
+from autolora.errors import ConfigError
 from autolora.strategies.base import Batch, GroupRates, LossFn
 
 Order = Literal["first", "second"]
@@ -50,6 +51,10 @@ class UpperLevel:
         rates: learning rate and weight decay of the selectors.
         like: the optimizer of the weights; the selectors' AdamW has its betas and epsilon.
         noise: the random stream of the gates, if they have one.
+
+    Raises:
+        ConfigError: for the second order with several processes: the mean of their hypergradients is not that of the
+            mean loss.
     """
 
     def __init__(
@@ -62,6 +67,12 @@ class UpperLevel:
         like: Optimizer,
         noise: torch.Generator | None = None,
     ) -> None:
+        if order == "second" and torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise ConfigError(
+                    f"strategy.order=second: expected one process, got {processes}: use order=first, or one device"
+                )
         self.model = adapters.model
         self.selectors = adapters.gate_parameters()
         self.weights: list[Tensor] = [*adapters.adapter_parameters(), *adapters.head_parameters()]

@@ -41,11 +41,18 @@ class AtPlan(Planned[NoOptions]):
         """The control."""
         return control_plan(self.control, RankPlan(self.largest.sites, self.found), self.seed)
 
+    @property
+    def notes(self) -> list[str]:
+        """Whether the control is the plan that it was to be compared with."""
+        same = self.control != "found" and self.plan() == RankPlan(self.largest.sites, self.found)
+        return [f"retrain={self.control} is the plan that was found: it is no control"] if same else []
+
 
 def control_plan(control: Control, found: RankPlan, seed: int) -> RankPlan:
     """The plan of a control; all cost the same as ``found``, uniform ranks at most so much.
 
-    ``found`` is the plan itself. ``permuted`` hands the ranks out at random among modules of the same widths.
+    ``found`` is the plan itself. ``permuted`` hands the ranks out at random among modules of the same widths, and so
+    that something changes, where modules of the same widths differ.
     ``uniform`` is the same rank everywhere, the rest spread evenly over the depth.
 
     Args:
@@ -59,8 +66,12 @@ def control_plan(control: Control, found: RankPlan, seed: int) -> RankPlan:
         highest = RankPlan.uniform(found.sites, max(site.full_rank for site in found.sites.values()))
         return spend(even_order(highest), highest, found.params)
     draw = random.Random(seed)
-    ranks = dict(found)
-    for shape in sorted({(site.cost, site.full_rank) for site in found.sites.values()}):
-        names = [name for name, site in found.sites.items() if (site.cost, site.full_rank) == shape]
-        ranks |= {name: found[other] for name, other in zip(names, draw.sample(names, len(names)), strict=True)}
-    return RankPlan(found.sites, ranks)
+    shapes = sorted({(site.cost, site.full_rank) for site in found.sites.values()})
+    groups = [[name for name, site in found.sites.items() if (site.cost, site.full_rank) == s] for s in shapes]
+    possible = any(len({found[name] for name in names}) > 1 for names in groups)
+    while True:
+        ranks = dict(found)
+        for names in groups:
+            ranks |= {name: found[other] for name, other in zip(names, draw.sample(names, len(names)), strict=True)}
+        if ranks != dict(found) or not possible:
+            return RankPlan(found.sites, ranks)

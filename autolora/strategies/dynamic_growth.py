@@ -10,10 +10,11 @@ parameters may be active after a round is a matter of ``growth_strategy``:
   the round before. A budget is spent in the last round whatever the loss does; without a budget growth may end early.
 
 Where they go is a matter of ``allocation``: *uniform* opens components evenly over the modules, and *importance* in the
-order of a score of each module, one component each and then a second, as far as the round goes. The score is measured
-before the round (:mod:`autolora.strategies.growing`): *gradient*, that of the columns of B which wait, or *increlora*,
-the sensitivity times uncertainty of the update as it is (Zhang et al., arXiv 2308.12043), which knows nothing of a
-module without a component.
+order of a score of each module, one component each and then a second, as far as the round goes. A doubling pays for one
+of every module and more, so that the order alone would decide nothing: there each module gets a share of the round in
+proportion to its score. The score is measured before the round (:mod:`autolora.strategies.growing`): *gradient*, that
+of the columns of B which wait, or *increlora*, the sensitivity times uncertainty of the update as it is (Zhang et al.,
+arXiv 2308.12043), which knows nothing of a module without a component.
 
 The output is the same before and after a round, bit for bit: a component that opens contributes 0, and products have
 the same shapes, since those that wait are computed with the others. Its moments in AdamW are 0, and its steps are those
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field
 
 from autolora.errors import ConfigError, PlanError
-from autolora.plan import RankPlan, even_order, spend
+from autolora.plan import RankPlan, even_order, proportional_order, spend
 from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Round(NamedTuple):
     params: int
 
 
+_LEAST_SHARE = 1e-6
 _ROUNDS = 8  # of equal parts, where no interval is given
 
 
@@ -224,9 +226,12 @@ class DynamicGrowth(Strategy[Options]):
         order = self._by_promise() if self._scored else self._waiting()
         if self.grown < len(self.rounds):
             order = self._first_that_fit(order, left)
-        room = RankPlan(self.largest.sites, {name: self.largest[name] - rank for name, rank in self.plan.items()})
-        new = spend(order, room, left)
+        new = spend(order, self._room(), left)
         self._open(RankPlan(self.largest.sites, {name: rank + new[name] for name, rank in self.plan.items()}), step)
+
+    def _room(self) -> RankPlan:
+        """What waits."""
+        return RankPlan(self.largest.sites, {name: self.largest[name] - rank for name, rank in self.plan.items()})
 
     def _first_that_fit(self, order: list[str], left: int) -> list[str]:
         """Up to the first component that is too dear, which the next round has more for.
@@ -239,8 +244,12 @@ class DynamicGrowth(Strategy[Options]):
     def _by_promise(self) -> list[str]:
         """Components that wait, by module: one of each module in the order of the scores, then a second, and so on.
 
-        A score says what the first new component is worth; what the second is worth shows when there is a first.
+        A score says what the first new component is worth; what the second is worth shows when there is a first. In
+        rounds that double, in proportion to the scores.
         """
+        if self.options.growth_strategy == "step":
+            least = max(self.scores.values()) * _LEAST_SHARE or 1.0  # everything is on offer in the end
+            return proportional_order({name: max(score, least) for name, score in self.scores.items()}, self._room())
         names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -self.scores[name])
         most = max(self.largest.values(), default=0)
         return [name for turn in range(most) for name in names if self.plan[name] + turn < self.largest[name]]

@@ -6,16 +6,17 @@ are measured on held-out batches, in evaluation mode, without touching the train
 :func:`reserve_scores` looks at the components in reserve as if they were open. With G the gradient of the loss with
 respect to a module's weight, that of B is :math:`s \, G A^T`, one column for each row of A: :math:`w \cdot \nabla w` of
 such a column is 0, because B is, but the gradient itself is not. The first-order gain of a gradient step on a column is
-its squared norm. Rows of A are random, and one of n inputs sees a share of 1/n of the squares of G. So the score is the
-mean over the columns in reserve of
+its squared norm. Rows of A are random, and a row of length 1 sees a share of 1/n of the squares of G, with n inputs. So
+the score is the mean over the columns in reserve of
 
-.. math:: n_{in} \, \lVert \nabla_{b_i} L \rVert^2 / (n_{in} + n_{out}),
+.. math:: n_{in} \, \lVert \nabla_{b_i} L \rVert^2 / (\lVert a_i \rVert^2 (n_{in} + n_{out})),
 
-what a direction of G is worth per parameter, for modules of any shape.
+what a direction of G is worth per parameter, for modules of any shape and any initialisation of A.
 
 :class:`Sensitivity` is the score of IncreLoRA (Zhang et al., arXiv 2308.12043, and its code), for a module as a whole:
 :math:`S = \sum_{jk} |\Delta W_{jk} G_{jk}| / \sqrt{n_{in} n_{out}}`, smoothed over batches, and multiplied by the
-smoothed deviation from that (sensitivity times uncertainty, as in AdaLoRA: Zhang et al., ICLR 2023, section 3.2).
+smoothed deviation from that (sensitivity times uncertainty, as in AdaLoRA: Zhang et al., ICLR 2023, section 3.2). The
+published code takes every training step into its averages; here it is the held-out batches before a round.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ def reserve_scores(
     """
     columns: list[Tensor] = [layer.lora_B for layer in adapters.layers.values()]
     with _evaluating(adapters.model), _all_open(adapters):
-        gradients = [torch.autograd.grad(loss_fn(adapters.model, batch), columns) for batch in batches]
+        gradients = [_gradients(loss_fn(adapters.model, batch), columns) for batch in batches]
     scores = []
     for (name, layer), *parts in zip(adapters.layers.items(), *gradients, strict=True):
-        waiting = torch.stack(parts).mean(0)[:, opened[name] :]
-        waiting = _over_processes(waiting.contiguous())
-        scores.append(waiting.square().sum() * (layer.in_features / layer.site.cost / max(1, waiting.shape[1])))
+        waiting = _over_processes(torch.stack(parts).mean(0)[:, opened[name] :].contiguous())
+        rows = layer.lora_A.detach()[opened[name] :]
+        seen = waiting.square().sum(0) / rows.square().sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+        scores.append(seen.sum() * (layer.in_features / layer.site.cost / max(1, len(seen))))
     return dict(zip(adapters.layers, torch.stack(scores).tolist() if scores else [], strict=True))
 
 
@@ -93,7 +95,7 @@ class Sensitivity:
             for weight in frozen:
                 weight.requires_grad_(True)
             with _evaluating(self.adapters.model):
-                gradients = torch.autograd.grad(loss_fn(self.adapters.model, batch), weights)
+                gradients = _gradients(loss_fn(self.adapters.model, batch), weights)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
@@ -164,6 +166,11 @@ def catch_up(ages: Tensor, step: int, betas: tuple[float, float]) -> Tensor:
     counts = torch.cat([ages, ages.new_tensor([step])]).double()
     sizes = (1 - betas[1] ** counts).sqrt() / (1 - betas[0] ** counts)
     return torch.where(ages == 0, 0.0, sizes[:-1] / sizes[-1])
+
+
+def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """0 where the loss does not depend on a weight."""
+    return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager

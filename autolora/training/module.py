@@ -89,7 +89,7 @@ class AdapterModule(pl.LightningModule):
         self.total_steps = total = int(self.trainer.estimated_stepping_batches)
         optimizer = self._optimizer()
         self.strategy.begin(total, optimizer)
-        self.peak_trainable = self.strategy.adapters.count()["trainable"]
+        self.peak_trainable = self.strategy.trainable
         if self._restored is not None:  # the model that begin() saw had its first ranks
             self._restore(self._restored)
             optimizer = self._optimizer()

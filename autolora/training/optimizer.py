@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim import AdamW
 
+from autolora.errors import ConfigError
+
 
 def make_optimizer(
     groups: Sequence[dict[str, Any]], *, betas: tuple[float, float], eps: float, fused: bool = True
@@ -15,5 +17,10 @@ def make_optimizer(
 
     Adapters are many small tensors: ``fused`` updates them all in one call, where the default of torch on a CPU makes a
     dozen calls for each.
+
+    Raises:
+        ConfigError: if there is nothing to train.
     """
+    if not groups:
+        raise ConfigError("there is nothing to train: every rank is 0, and no head or other module is trained")
     return AdamW(list(groups), betas=betas, eps=eps, fused=fused)

@@ -23,8 +23,7 @@ def misplaced(row: Row) -> int:
     """Components that are wrong and need not be.
 
     Spurious or missed ones, whichever are more; where the total is too large and has to be spent, only missed ones;
-    where it is too small as many as missed ones would have fit in the place of spurious ones (what is left over may be
-    too little for any component that is real).
+    where it is too small as many missed ones as would have fit in the place of spurious ones and in what was left over.
     """
     spurious, missed = int(row["spurious"]), int(row["missed"])
     if row["regime"] == "total_too_large" and row["method"] != CEILING:
@@ -39,8 +38,7 @@ def exchangeable(row: Row) -> int:
     wrong = [(cost, rank - real) for cost, rank, real in zip(costs, found, true, strict=True)]
     purse = int(row["told_params"]) - int(row["params"]) + sum(cost * more for cost, more in wrong if more > 0)
     prices = sorted(cost for cost, more in wrong for _ in range(-more))
-    affordable = sum(spent <= purse for spent in accumulate(prices))
-    return min(affordable, int(row["spurious"]))
+    return sum(spent <= purse for spent in accumulate(prices))
 
 
 def main() -> None:

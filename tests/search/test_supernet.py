@@ -12,7 +12,7 @@ from strategies.handloop import excess_error, fit, mse, planted_batches
 from torch import Tensor, nn
 
 from autolora.adapters import Adapters, AdapterSettings
-from autolora.errors import PlanError
+from autolora.errors import ConfigError, PlanError
 from autolora.plan import Budget, RankPlan, even_order, spend
 from autolora.search.evolution import Evolution
 from autolora.search.random_search import RandomSearch
@@ -151,6 +151,11 @@ def test_the_grid_says_how_large_the_super_net_is() -> None:
 def test_a_budget_below_the_floor_is_refused_before_training() -> None:
     with pytest.raises(PlanError, match=r"does not pay for rank 3 everywhere.*lower strategy\.min_rank"):
         make(min_rank=3).attach(planted().student, AdapterSettings())
+
+
+def test_max_rank_below_min_rank_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_rank=\d+: expected at least strategy\.min_rank=99"):
+        make(min_rank=99).attach(planted().student, AdapterSettings())
 
 
 def train(strategy: SuperNet[Any], model: nn.Module, batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:

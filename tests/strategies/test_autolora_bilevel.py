@@ -21,6 +21,7 @@ from autolora.adapters.gates import SELECTOR_FORMS
 from autolora.errors import ConfigError
 from autolora.plan import Budget
 from autolora.run import run_one
+from autolora.strategies.autolora import AutoLoRA
 from autolora.strategies.autolora_bilevel import AutoLoRABilevel
 from autolora.strategies.base import Batch, GroupRates, Rates
 from autolora.strategies.bilevel import Order, UpperLevel
@@ -316,9 +317,19 @@ def test_modules_of_rank_0_take_part_in_nothing() -> None:
     assert run(bilevel(Budget()), nothing, settings=settings).plan.params == 0
 
 
+def test_the_second_order_is_refused_with_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, _ = begun(bilevel(Budget(), selector={"form": "sigmoid"}), pair_of())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    upper(adapters, "first", 0.1)
+    with pytest.raises(ConfigError, match=r"strategy\.order=second: expected one process, got 2: use order=first"):
+        upper(adapters, "second", 0.1)
+
+
+@pytest.mark.parametrize("kind", [AutoLoRA, AutoLoRABilevel])
 @pytest.mark.parametrize(("steps", "left"), [(1, 1), (3, 1), (100, 50)])
-def test_phases_have_to_fit_in_the_run(steps: int, left: int) -> None:
-    strategy = bilevel(Budget(rank=1))
+def test_phases_have_to_fit_in_the_run(steps: int, left: int, kind: type[AutoLoRA]) -> None:
+    strategy = kind(kind.Options(), budget=Budget(rank=1), max_rank=4)
     strategy.attach(pair_of().student, AdapterSettings())
     optimizer = AdamW(strategy.param_groups(RATES, steps))
     if left >= 2:

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from autolora.adapters import Adapters, AdapterSettings
 from autolora.adapters.gates import SELECTOR_FORMS
+from autolora.errors import ConfigError
 from autolora.plan import Budget, RankPlan
 from autolora.strategies.autolora import AutoLoRA
 from autolora.strategies.base import Batch, GroupRates, Rates
@@ -68,7 +69,13 @@ def test_phases_scale_with_the_run(steps: int, listening: int) -> None:
     assert seen == ["warmup"] * (quarter - 1) + pruning + ["settle"] * (quarter + 1)
 
 
-@pytest.mark.parametrize(("warmup", "prune"), [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)])
+def test_a_gate_that_would_begin_at_0_is_refused() -> None:
+    strategy = autolora(Budget(rank=1), selector={"form": "hard_concrete", "init": -3.0, "spread": 0.0})
+    with pytest.raises(ConfigError, match=r"strategy\.selector\.init=-3\.0: a gate of form hard_concrete is 0 there"):
+        run(strategy, pair_of(), 40)
+
+
+@pytest.mark.parametrize(("warmup", "prune"), [(0.0, 0.5), (0.5, 0.5), (0.0, 1.0)])
 def test_phases_of_no_length(warmup: float, prune: float) -> None:
     strategy = autolora(Budget(rank=1), phases={"warmup": warmup, "prune": prune})
     plan = run(strategy, pair_of(), 12).plan

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from autolora.adapters import Adapters, AdapterSettings, compact
+from autolora.adapters.layer import INITS, Init
 from autolora.errors import ConfigError, PlanError
 from autolora.plan import Budget, RankPlan, Site
 from autolora.run import run_one
@@ -186,6 +187,30 @@ def test_ranks_never_shrink_and_end_at_the_budget(kind: str, allocation: str, bu
     assert torch.equal(pair.student.train()(inputs), pair.student.eval()(inputs))
 
 
+def test_rounds_that_double_are_shared_out_by_the_scores() -> None:
+    """Each doubling pays for one more component of every module: in their order alone, all would get one."""
+    strategy, pair = growth(Budget(rank=4), max_rank=16, growth_strategy="step"), pair_of((0, 8, 0, 0))
+    strategy._measure = lambda loss_fn: setattr(strategy, "scores", {"U0": 0.0, "V0": 6.0, "U1": 1.0, "V1": 1.0})  # type: ignore[method-assign]
+    plan = run(strategy, pair).plan
+    assert plan["V0"] > 4 >= plan["U1"] > plan["U0"] == 1
+    assert strategy.allowance is not None
+    assert strategy.allowance - 40 < plan.params <= strategy.allowance
+
+
+def test_a_module_that_the_loss_does_not_reach_scores_0() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    strategy = growth(max_rank=2)
+    strategy.attach(model, AdapterSettings())
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model["used"](torch.ones(1, 4)).square().sum()  # type: ignore[index]
+
+    assert reserve_scores(strategy.adapters, {"used": 1, "idle": 1}, [{}], loss)["idle"] == 0.0
+    measured = Sensitivity(strategy.adapters)
+    measured.observe([{}], loss)
+    assert measured.scores()["idle"] == 0.0
+
+
 def test_at_least_98_percent_is_spent() -> None:
     pair = plant(dim=64, widths=[32, 64], ranks=(0, 1, 2, 3))
     strategy = growth(Budget(rank=12.3), max_rank=16)
@@ -215,7 +240,8 @@ def test_the_gradient_score_by_hand() -> None:
     layer = strategy.adapters.layers["0"]
     whole = (layer.weight + 2.0 * layer.lora_B[:, :1] @ layer.lora_A[:1]).detach()
     mean = torch.stack([gradient_by_hand(model, whole, batch) for batch in batches]).mean(0)
-    expected = [6 * float((2.0 * mean @ row).square().sum()) / 10 for row in layer.lora_A.detach()[1:]]
+    rows = layer.lora_A.detach()[1:]
+    expected = [6 * float((2.0 * mean @ row).square().sum() / row.square().sum()) / 10 for row in rows]
     scores = reserve_scores(strategy.adapters, {"0": 1}, batches, mse)
     assert scores == {"0": pytest.approx(sum(expected) / 2, rel=1e-5)}
     assert reserve_scores(strategy.adapters, {"0": 3}, batches, mse) == {"0": 0.0}  # none is left
@@ -245,12 +271,13 @@ def test_the_score_of_increlora_by_hand() -> None:
     assert blind.scores() == {"0": 0.0}  # without a component it sees nothing
 
 
-def test_what_is_in_reserve_scores_alike_whatever_the_shape() -> None:
+@pytest.mark.parametrize("init", INITS)
+def test_what_is_in_reserve_scores_alike_whatever_the_shape(init: Init) -> None:
     """Two modules whose gradients have the same size: the wider one costs more for it, and is worth as much less."""
     wide, narrow = nn.Linear(400, 20, bias=False), nn.Linear(20, 20, bias=False)
     model = nn.ModuleDict({"wide": wide, "narrow": narrow})
     strategy = growth(max_rank=20)
-    strategy.attach(model, AdapterSettings())
+    strategy.attach(model, AdapterSettings(init=init))
     slopes = {name: torch.randn(20, module.in_features) for name, module in (("wide", wide), ("narrow", narrow))}
     slopes = {name: slope / slope.norm() for name, slope in slopes.items()}
 
