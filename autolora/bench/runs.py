@@ -58,7 +58,7 @@ class Command:
     outcome: Callable[[Path], Outcome]
 
     def run(self, folder: Path, *, importtime: bool = False) -> str:
-        """Run it to its end, or for two steps (autolora needs two) with a report of its imports; gives its standard error.
+        """Run it to its end, or for two steps with a report of its imports; gives its standard error.
 
         Raises:
             RunFailedError: if it fails.
