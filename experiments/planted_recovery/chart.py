@@ -67,6 +67,8 @@ def table(
         for method in methods
     }
     methods = [method for method in methods if any(cells[name, method] for name in groups)]
+    if not methods:
+        return
     rows, columns = (methods, list(groups)) if by_method else (list(groups), methods)
     print(f"| {corner} |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))

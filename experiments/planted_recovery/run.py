@@ -81,8 +81,8 @@ RATES = {
     "autolora": 1e-2, CEILING: 1e-2, "autolora_bilevel": 1e-2, PEFT_ADALORA: 0.1, "adalora": 0.1, "sora": 1e-2,
     "svd_truncate": 1e-2,
 }  # fmt: skip
-"""Learning rates that are not the task's: the best of four on teachers outside the study (``tuning.csv``), by misplaced
-components and then by the geometric mean of the excess error."""
+"""Learning rates that are not the task's: the best of four (AdaLoRA: of six) on a teacher outside the study
+(``tuning.csv``), by misplaced components and then by the geometric mean of the excess error."""
 
 COLUMNS = [
     "regime", "total", "seed", "method", "lr", "true_ranks", "found_ranks", "exact", "spurious", "missed",
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=[*EVERYWHERE, *IN_TWO])
     parser.add_argument("--regimes", nargs="*", default=[*REGIMES])
-    parser.add_argument("--totals", nargs="*", default=[*PROFILES])
+    parser.add_argument("--totals", nargs="*", default=[*PROFILES, DRAWN])
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rates", nargs="*", type=float, help="learning rates to try, in place of the chosen ones")
     arguments = parser.parse_args()
