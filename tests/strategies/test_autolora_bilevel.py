@@ -326,6 +326,15 @@ def test_the_second_order_is_refused_with_several_processes(monkeypatch: pytest.
         upper(adapters, "second", 0.1)
 
 
+def test_selectors_count_as_trained_though_another_optimizer_has_them() -> None:
+    trained = []
+    for strategy in (bilevel(Budget(rank=1)), AutoLoRA(AutoLoRA.Options(), budget=Budget(rank=1), max_rank=4)):
+        strategy.attach(pair_of().student, AdapterSettings())
+        strategy.begin(100, AdamW(strategy.param_groups(RATES, 100)))
+        trained.append(strategy.trainable)
+    assert trained == [4 * 128 + 16] * 2  # rank 4 everywhere, and a selector for each of 16 components
+
+
 @pytest.mark.parametrize("kind", [AutoLoRA, AutoLoRABilevel])
 @pytest.mark.parametrize(("steps", "left"), [(1, 1), (3, 1), (100, 50)])
 def test_phases_have_to_fit_in_the_run(steps: int, left: int, kind: type[AutoLoRA]) -> None:
