@@ -154,8 +154,7 @@ class UpperLevel:
     @staticmethod
     def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Of a loss with respect to inputs that may have no part in it."""
-        found = torch.autograd.grad(loss, inputs, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+        return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
 
     def _require_gradient(self, on: bool) -> None:
         for selector in self.selectors:

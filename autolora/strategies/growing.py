@@ -53,7 +53,8 @@ def reserve_scores(
     """
     columns: list[Tensor] = [layer.lora_B for layer in adapters.layers.values()]
     with _evaluating(adapters.model), _all_open(adapters):
-        gradients = [_gradients(loss_fn(adapters.model, batch), columns) for batch in batches]
+        losses = (loss_fn(adapters.model, batch) for batch in batches)
+        gradients = [torch.autograd.grad(loss, columns, materialize_grads=True) for loss in losses]
     scores = []
     for (name, layer), *parts in zip(adapters.layers.items(), *gradients, strict=True):
         waiting = _over_processes(torch.stack(parts).mean(0)[:, opened[name] :].contiguous())
@@ -95,7 +96,7 @@ class Sensitivity:
             for weight in frozen:
                 weight.requires_grad_(True)
             with _evaluating(self.adapters.model):
-                gradients = _gradients(loss_fn(self.adapters.model, batch), weights)
+                gradients = torch.autograd.grad(loss_fn(self.adapters.model, batch), weights, materialize_grads=True)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
@@ -166,11 +167,6 @@ def catch_up(ages: Tensor, step: int, betas: tuple[float, float]) -> Tensor:
     counts = torch.cat([ages, ages.new_tensor([step])]).double()
     sizes = (1 - betas[1] ** counts).sqrt() / (1 - betas[0] ** counts)
     return torch.where(ages == 0, 0.0, sizes[:-1] / sizes[-1])
-
-
-def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """0 where the loss does not depend on a weight."""
-    return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager

@@ -112,8 +112,8 @@ def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
         check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], sidecar["base_model"])
         for name in [name for name in contents.a if sidecar["ranks"].get(name) == 0]:
             del contents.a[name], contents.b[name]  # stands in for an adapter, because PEFT needs one
-        absent = [name for name, rank in sidecar["ranks"].items() if rank and name not in contents.a]
-        if absent := [name for name in absent if not under(name, sidecar["in_full"])]:
+        expected = [name for name, rank in sidecar["ranks"].items() if rank and not under(name, sidecar["in_full"])]
+        if absent := [name for name in expected if name not in contents.a]:
             raise DataError(f"{directory}: {WEIGHTS} lacks factors of {absent[0]}; copy or export the adapter again")
     in_full, biases = _trained_in_full(model, config, contents.other)
     _check_fit(model, contents, in_full)
