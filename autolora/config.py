@@ -270,7 +270,10 @@ class BudgetConfig(Section):
         if len(given) > 1:
             yield Conflict(tuple(given), f"{written}: expected at most one of rank, params, fraction: keep one")
         if given and not self.enabled:
-            yield Conflict(("budget.enabled", *given), f"{written}: there is no budget with budget=none: keep one")
+            yield Conflict(
+                ("budget.enabled", *given),
+                f"{written}: there is no budget with budget=none, nor with strategies that bring it: keep one",
+            )
 
 
 class GroupOptim(Section):

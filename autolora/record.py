@@ -79,11 +79,17 @@ class Run:
         return max(self.resumed_at, self.module.steps_done if self.module else 0)
 
     @property
+    def passes(self) -> int:
+        """Batches that went through the model in the training that is under way."""
+        return self.module.passes if self.module else 0
+
+    @property
     def compute(self) -> Compute:
         """What it took so far."""
         if self.selection is None:
-            return Compute(fit_steps=self.steps, plans_measured=self.plans_measured)
-        return self.selection.compute.model_copy(update={"retrain_steps": self.steps})
+            return Compute(fit_steps=self.steps, passes=self.passes, plans_measured=self.plans_measured)
+        before = self.selection.compute
+        return before.model_copy(update={"retrain_steps": self.steps, "passes": before.passes + self.passes})
 
     @property
     def peak_trainable(self) -> int:
@@ -94,10 +100,9 @@ class Run:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the data and of the selection."""
-        if self.selection is not None:
-            return (*self.problem.notes, *self.selection.notes)
-        return (*self.problem.notes, *(self.strategy.notes if self.strategy else ()))
+        """What the user should know of the data, of the selection, and of the training that is under way."""
+        selected = self.selection.notes if self.selection else ()
+        return (*self.problem.notes, *selected, *(self.strategy.notes if self.strategy else ()))
 
 
 class Clock:
@@ -179,7 +184,7 @@ def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | Non
         seconds=run.clock.so_far(),
         logger=logger,
     )
-    run.module, run.resumed_at = None, 0
+    run.strategy, run.module, run.resumed_at = None, None, 0
     run.directory.write_selection(run.selection)
 
 

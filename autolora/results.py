@@ -87,12 +87,14 @@ class Seconds(_Record):
 
 
 class Compute(_Record):
-    """What a run took besides seconds: optimizer steps before selection and after it, and plans that were measured on
-    the held-out slice, each once, however often a search came back to it.
+    """What a run took besides seconds: optimizer steps before selection and after it, batches that went through the
+    model for the sake of both (several a step where a strategy trains several plans, scores, or learns from held-out
+    rows), and plans that were measured on the held-out slice, each once, however often a search came back to it.
     """
 
     fit_steps: int = 0
     retrain_steps: int = 0
+    passes: int = 0
     plans_measured: int = 0
 
 

@@ -30,9 +30,9 @@ from autolora.record import (
 )
 from autolora.results import RunDirectory, RunResult, forget_peak_memory
 from autolora.signals import Interrupted, Signals
+from autolora.strategies.base import Planned, Strategy
 
 if TYPE_CHECKING:
-    from autolora.strategies.base import Strategy
     from autolora.training.checkpoints import Checkpoint
     from autolora.training.problem import Outputs, Scores
 
@@ -186,11 +186,13 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
 
 
 def check_budget(strategy: Strategy[Any]) -> None:
-    """Refuse a budget that is there and buys nothing; one of 0 asks for the head alone.
+    """Refuse a budget that is there and buys nothing, and a plan above it; a budget of 0 asks for the head alone.
 
     Raises:
-        PlanError: if it does not pay for a single component.
+        PlanError: if it does not pay for a single component, or for the plan of a strategy that is to keep to it.
     """
+    if isinstance(strategy, Planned):
+        check_plan(strategy, strategy.adapters.attached_plan())
     if not strategy.allowance:
         return
     sites = strategy.largest.sites
@@ -199,6 +201,27 @@ def check_budget(strategy: Strategy[Any]) -> None:
         raise PlanError(
             f"the budget of {strategy.allowance:,} parameters does not pay for a single component: the cheapest, of "
             f"{cheapest}, costs {sites[cheapest].cost:,}; raise it"
+        )
+
+
+def check_plan(strategy: Strategy[Any], plan: RankPlan) -> None:
+    """Hold a strategy to what it says.
+
+    Raises:
+        PlanError: if the plan is not that of the gates, or costs more than the budget.
+    """
+    name, active = type(strategy).__name__, strategy.adapters.active_plan()
+    if plan != active:
+        different = [module for module in plan if plan[module] != active[module]]
+        raise PlanError(
+            f"{name}: the plan that it gives is not what its gates are, at {len(different)} modules: {different[0]} "
+            f"has rank {plan[different[0]]} in the plan, and {active[different[0]]} components are on: fix them in "
+            "finalize()"
+        )
+    if strategy.allowance is not None and plan.params > strategy.allowance:
+        raise PlanError(
+            f"{name}: its plan has {plan.params:,} parameters and the budget is {strategy.allowance:,}: it has to keep "
+            "to self.allowance (autolora.plan.spend does), whenever training ends"
         )
 
 
@@ -223,6 +246,7 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
 
     with run.clock.measure("select"):
         plan = strategy.finalize(score)
+        check_plan(strategy, plan)
         compact(strategy.adapters)
         return plan, problem.scores({"heldout": held_out()})
 

@@ -38,3 +38,7 @@ def test_a_strategy_in_one_file_and_one_yaml(
     assert result.params.budget is not None
     assert 0.98 * result.params.budget <= result.params.adapter <= result.params.budget
     assert len(set(result.ranks.values())) > 2
+
+    early = configure("strategy=uniform", "trainer.max_epochs=100000", "trainer.max_time=00:00:00:01")
+    result = run_one(early.model_copy(update={"strategy": norm}))  # long before the choice
+    assert 0.98 * result.params.budget <= result.params.adapter <= result.params.budget

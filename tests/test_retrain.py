@@ -47,6 +47,14 @@ def test_a_second_training_at_the_plan_of_a_first_is_that_training(configure: An
     assert again.selection_metrics == once.selection_metrics
 
 
+def test_a_control_that_is_the_plan_that_was_found_says_so(configure: Any) -> None:  # noqa: F811
+    overrides = ("strategy=uniform", "trainer.max_epochs=1")
+    result = run_one(configure(*overrides, "retrain=uniform"))
+    assert result.ranks == result.found
+    assert "retrain=uniform is the plan that was found: it is no control" in result.notes
+    assert not [note for note in run_one(configure(*overrides, "retrain=found")).notes if "no control" in note]
+
+
 def test_all_rows(configure: Any) -> None:  # noqa: F811
     result = run_one(configure("strategy=uniform", "retrain=found", "retrain_on=all", "trainer.max_epochs=1"))
     assert (result.compute.fit_steps, result.compute.retrain_steps) == (7, 8)  # 216 rows, then 240, in batches of 32

@@ -24,6 +24,8 @@ from autolora.plan import RankPlan, Site
 from autolora.record import budget_notes
 from autolora.results import RunDirectory, RunResult
 from autolora.run import run_one
+from autolora.strategies.svd_truncate import SVDTruncate
+from autolora.strategies.uniform import Uniform
 
 GOOD, BAD = ["good", "great", "happy", "love"], ["bad", "sad", "slow", "small"]
 
@@ -287,6 +289,59 @@ def test_a_budget_that_pays_for_nothing_is_refused(strategy: str, tmp_path: Path
     cfg = compose([f"strategy={strategy}", "task=planted", "budget.params=10", f"run_root={tmp_path}", "logger=csv"])
     with pytest.raises(PlanError, match=r"budget of 10 parameters does not pay for a single component: .* costs 96;"):
         run_one(cfg)
+
+
+def on_planted(folder: Path, *overrides: str) -> RunConfig:
+    fixed = ("task=planted", f"run_root={folder}", "logger=csv", "trainer.enable_progress_bar=false")
+    return compose([*fixed, "trainer.max_steps=20", *overrides])
+
+
+@pytest.mark.parametrize("strategy", [Uniform, SVDTruncate])
+def test_a_strategy_is_held_to_the_budget(
+    strategy: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before training if the plan is known by then, else when it is."""
+
+    def everything(self: Any, *_: Any) -> RankPlan:
+        return self.largest  # type: ignore[no-any-return]
+
+    planned = strategy is Uniform
+    monkeypatch.setattr(strategy, "plan" if planned else "finalize", everything)
+    if not planned:
+        monkeypatch.setattr(strategy, "after_step", lambda *_: None)
+    name = "uniform" if planned else "svd_truncate"
+    expected = rf"{strategy.__name__}: its plan has 13,312 parameters and the budget is 2,976: it has to keep to"
+    with pytest.raises(PlanError, match=expected):
+        run_one(on_planted(tmp_path, f"strategy={name}"))
+    assert ("trainable parameters" in capsys.readouterr().out) != planned
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_a_plan_that_is_not_that_of_the_gates_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(self: Uniform, evaluate: Any) -> RankPlan:
+        return RankPlan.uniform(self.largest.sites, 1)
+
+    monkeypatch.setattr(Uniform, "finalize", lower)
+    with pytest.raises(PlanError, match=r"at 6 modules: U0 has rank 1 in the plan, and 4 components are on"):
+        run_one(on_planted(tmp_path, "strategy=uniform", "budget.rank=4"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (("strategy=uniform",), 20),
+        (("strategy=uniform", "retrain=found"), 40),
+        (("strategy=random_search", "strategy.evaluations=2", "strategy.random_plans=3"), 5 * 20),
+        # rounds at steps 1, 2, 4, 5, 6, 8, 9, 10; there is one held-out batch before the first
+        (("strategy=dynamic_growth", "strategy.heldout_batches=2"), 20 + 1 + 7 * 2),
+        (("strategy=gradient", "strategy.batches=3"), 3 + 20),
+    ],
+)
+def test_every_batch_that_goes_through_the_model_counts(
+    overrides: tuple[str, ...], passes: int, tmp_path: Path
+) -> None:
+    result = run_one(on_planted(tmp_path, *overrides))
+    assert result.compute.passes == passes
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from autolora.plan import RankPlan
 from autolora.search.space import Levels, PlanSpace
@@ -28,18 +28,27 @@ class Measurements:
         evaluate: measures a plan; higher is better. What is not finite counts as -1.
         evaluations: how many plans may be measured, the uniform one included.
         price: of the parameters of the largest plan, in units of the score.
+        known: scores that another search has measured; they need no pass over the slice, and count as evaluations.
 
     Attributes:
         scores: of every plan that was measured, in the order of measuring, without the price.
+        undefined: how many of them were not finite.
     """
 
     def __init__(
-        self, space: PlanSpace, evaluate: Callable[[RankPlan], float], *, evaluations: int, price: float = 0.0
+        self,
+        space: PlanSpace,
+        evaluate: Callable[[RankPlan], float],
+        *,
+        evaluations: int,
+        price: float = 0.0,
+        known: Mapping[Levels, float] | None = None,
     ) -> None:
-        self.space, self.evaluate = space, evaluate
+        self.space, self.evaluate, self.known = space, evaluate, known or {}
         self.evaluations = evaluations
         self._unit_price = price / max(1, space.largest.params)
         self.scores: dict[Levels, float] = {}
+        self.undefined = 0
         self._asked = 0
         self.uniform = space.uniform()
         self(self.uniform)
@@ -54,7 +63,8 @@ class Measurements:
         if levels not in self.scores:
             if len(self.scores) >= self.evaluations:
                 raise ValueError(f"all {self.evaluations} evaluations are spent")
-            score = self.evaluate(self.space.plan(levels))
+            score = self.known[levels] if levels in self.known else self.evaluate(self.space.plan(levels))
+            self.undefined += not math.isfinite(score)
             self.scores[levels] = score if math.isfinite(score) else _UNDEFINED
         return self.worth(levels)
 

@@ -20,6 +20,7 @@ have served many plans, and the plan that was chosen is worth more when it is tr
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -27,7 +28,7 @@ from pydantic import Field
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.search.measure import Measurements, search_at_random
-from autolora.search.space import PlanSpace
+from autolora.search.space import Levels, PlanSpace
 from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class SearchOptions(StrategyOptions):
 class LearnedSearchOptions(SearchOptions):
     """``against_random``: also measure as many random plans afterwards, only to say whether the search beat them."""
 
-    against_random: bool = False
+    against_random: bool = True
 
 
 SearchT = TypeVar("SearchT", bound=SearchOptions)
@@ -135,16 +136,16 @@ class SuperNet(Strategy[SearchT]):
         self.measured = self.measure(evaluate)
         self.search(self.measured)
         if isinstance(self.options, LearnedSearchOptions) and self.options.against_random:
-            self.at_random = self.measure(evaluate)
+            self.at_random = self.measure(evaluate, self.measured.scores)
             search_at_random(self.at_random, self.seed)
         plan = self.space.plan(self.measured.best)
         self.adapters.keep_first(plan)
         return plan
 
-    def measure(self, evaluate: Evaluate) -> Measurements:
-        """Nothing measured yet but the uniform plan."""
+    def measure(self, evaluate: Evaluate, known: Mapping[Levels, float] | None = None) -> Measurements:
+        """Nothing measured yet but the uniform plan, and what is known."""
         options = self.options
-        return Measurements(self.space, evaluate, evaluations=options.evaluations, price=options.price)
+        return Measurements(self.space, evaluate, evaluations=options.evaluations, price=options.price, known=known)
 
     @property
     def notes(self) -> list[str]:
@@ -153,15 +154,24 @@ class SuperNet(Strategy[SearchT]):
         if found is None:
             return []
         sign, what = (-1, "loss") if self.options.objective == "loss" else (1, "score")
-        best, uniform = sign * found.scores[found.best], sign * found.scores[found.uniform]
+
+        def said(measured: Measurements, levels: Levels) -> str:
+            return f"{sign * measured.scores[levels]:.6g} at {self.space.plan(levels).params:,} parameters"
+
         notes = [
-            f"{len(found.scores)} plans measured in the super-net: held-out {what} {best:.6g} at best, {uniform:.6g} "
-            f"with uniform ranks{'; the search did not beat them' if found.best == found.uniform else ''}"
+            f"{len(found.scores)} plans measured in the super-net: held-out {what} {said(found, found.best)} for the "
+            f"plan of the highest worth, {said(found, found.uniform)} for uniform ranks"
+            f"{'' if found.scores[found.best] > found.scores[found.uniform] else '; the search did not beat them'}"
         ]
+        if found.undefined:
+            notes.append(
+                f"the score of {found.undefined} of these plans was undefined (constant predictions or labels)"
+            )
         if drawn is not None:
             verdict = "beat" if found.worth(found.best) > drawn.worth(drawn.best) else "did not beat"
-            best = sign * drawn.scores[drawn.best]
-            notes.append(f"{len(drawn.scores)} random plans: {best:.6g} at best; the search {verdict} random search")
+            notes.append(
+                f"{len(drawn.scores)} random plans: {said(drawn, drawn.best)} for the best; the search {verdict} them"
+            )
         return notes
 
     def state_dict(self) -> dict[str, Any]:

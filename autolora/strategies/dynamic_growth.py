@@ -223,7 +223,7 @@ class DynamicGrowth(Strategy[Options]):
             return
         self.grown = len(self.rounds) if last else self.grown + 1
         left = self.rounds[self.grown - 1].params - self.plan.params
-        order = self._by_promise() if self._scored else self._waiting()
+        order = self._by_promise(left) if self._scored else self._waiting()
         if self.grown < len(self.rounds):
             order = self._first_that_fit(order, left)
         new = spend(order, self._room(), left)
@@ -241,15 +241,16 @@ class DynamicGrowth(Strategy[Options]):
         spent = itertools.accumulate(self.largest.sites[name].cost for name in order)
         return [name for name, cost in zip(order, spent, strict=True) if cost <= left]
 
-    def _by_promise(self) -> list[str]:
+    def _by_promise(self, left: int) -> list[str]:
         """Components that wait, by module: one of each module in the order of the scores, then a second, and so on.
 
-        A score says what the first new component is worth; what the second is worth shows when there is a first. In
-        rounds that double, in proportion to the scores.
+        A score says what the first new component is worth; what the second is worth shows when there is a first. Where
+        the round pays for one of each that order decides nothing, and they come in proportion to the scores.
         """
-        if self.options.growth_strategy == "step":
+        room = self._room()
+        if left >= sum(room.sites[name].cost for name, waiting in room.items() if waiting):
             least = max(self.scores.values()) * _LEAST_SHARE or 1.0  # everything is on offer in the end
-            return proportional_order({name: max(score, least) for name, score in self.scores.items()}, self._room())
+            return proportional_order({name: max(score, least) for name, score in self.scores.items()}, room)
         names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -self.scores[name])
         most = max(self.largest.values(), default=0)
         return [name for turn in range(most) for name in names if self.plan[name] + turn < self.largest[name]]

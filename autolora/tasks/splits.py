@@ -42,7 +42,8 @@ def hold_out(split: Split, fraction: float, max_rows: int | None, seed: int) -> 
     """Cut a stratified slice off a training split: ``(fit, heldout)``, disjoint, together the split, in order.
 
     The slice has ``fraction`` of the rows but at most ``max_rows``, and at least one row of every class (for scores:
-    at least two rows, spread over ten quantile bands); every class keeps at least one row in ``fit``.
+    at least three rows, since any two correlate, spread over ten quantile bands); every class keeps at least one row in
+    ``fit``.
 
     Raises:
         DataError: if the fraction is not between 0 and 1, or the split is too small to be cut like this.
@@ -51,11 +52,11 @@ def hold_out(split: Split, fraction: float, max_rows: int | None, seed: int) -> 
         raise DataError(f"the held-out fraction must be between 0 and 1, exclusive; got {fraction:g}")
     scores = any(isinstance(label, float) for label in split.labels)
     strata = _strata(split.labels)
-    least = 2 if scores else max(1, len(strata))
+    least = 3 if scores else max(1, len(strata))
     if len(split) < 2 * least or (not scores and min(map(len, strata)) < 2):
         raise DataError(
             f"too few rows to hold a slice out: {len(split)} rows ({_counts(split)}); expected at least "
-            f"{'four rows' if scores else 'two of each class'}: use more data or a larger data.max_train"
+            f"{'six rows' if scores else 'two of each class'}: use more data or a larger data.max_train"
         )
     if max_rows is not None and max_rows < least:
         raise DataError(

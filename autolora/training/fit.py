@@ -92,7 +92,7 @@ def fit(
     """
     problem.model.train()
     if resume is None:
-        module.strategy.prepare(problem.datamodule.train_dataloader(), problem.loss)
+        module.strategy.prepare(problem.datamodule.train_dataloader(), module.loss)
     try:
         trainer.fit(module, datamodule=problem.datamodule, ckpt_path=resume)
     except NonFiniteLossError as error:

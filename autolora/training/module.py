@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -77,6 +77,7 @@ class AdapterModule(pl.LightningModule):
         self.steps_done = self.total_steps = 0
         self.peak_trainable = 0  # parameters; strategies only take away once they have begun
         self.examples_seen = 0
+        self.passes = 0  # of batches through the model
         self.last_loss: Tensor | None = None
         self.last_good: tuple[int, dict[str, Tensor]] = (0, strategy.adapters.trainable_state())
         self._heldout: Iterator[Batch] | None = None
@@ -124,6 +125,11 @@ class AdapterModule(pl.LightningModule):
             else:
                 torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The problem's loss, counted: what the strategy is given."""
+        self.passes += 1
+        return self.problem.loss(model, batch)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Give the strategy its held-out step, once for each optimizer step.
 
@@ -132,7 +138,7 @@ class AdapterModule(pl.LightningModule):
         """
         if self.strategy.wants_heldout and batch_idx % self.trainer.accumulate_grad_batches == 0:
             with self.trainer.precision_plugin.forward_context():
-                self.strategy.heldout_step(batch, self._next_heldout(), self.problem.loss)
+                self.strategy.heldout_step(batch, self._next_heldout(), self.loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus the strategy's penalty.
@@ -140,7 +146,7 @@ class AdapterModule(pl.LightningModule):
         Raises:
             NonFiniteLossError: if the task loss is NaN or infinite.
         """
-        loss = self.strategy.training_loss(self.model, batch, self.problem.loss)
+        loss = self.strategy.training_loss(self.model, batch, self.loss)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss became {float(loss.detach())} at step {self.steps_done + 1}; the last good state "
@@ -188,6 +194,7 @@ class AdapterModule(pl.LightningModule):
         checkpoint["steps_done"] = self.steps_done
         checkpoint["peak_trainable"] = self.peak_trainable
         checkpoint["examples_seen"] = self.examples_seen
+        checkpoint["passes"] = self.passes
         checkpoint["heldout_taken"] = self._heldout_taken
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -206,7 +213,7 @@ class AdapterModule(pl.LightningModule):
             raise CheckpointError(f"{error}; start again with force=true") from None
         self.strategy.load_state_dict(checkpoint["strategy"])
         self.steps_done, self.examples_seen = checkpoint["steps_done"], checkpoint["examples_seen"]
-        self._heldout_taken = checkpoint["heldout_taken"]
+        self._heldout_taken, self.passes = checkpoint["heldout_taken"], checkpoint["passes"]
         self.peak_trainable = checkpoint["peak_trainable"]
         self.last_good = (self.steps_done, checkpoint["trainable"])
         self._restored = None

@@ -1,7 +1,8 @@
 """Which strategies find planted ranks, and where they stop: ``python experiments/planted_recovery/run.py``.
 
-``--regimes encoder`` asks the same of a pretrained encoder. Every cell of the study (regime, ranks, seed, method) is
-one row of ``results.csv``, written as soon as it is there. Cells that have a row are not run again.
+``--regimes encoder --overrides data.source=local data.dir=DIR`` asks the same of a pretrained encoder. Every cell of
+the study (regime, ranks, seed, method) is one row of ``results.csv``, written as soon as it is there. Cells that have a
+row are not run again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -57,20 +58,24 @@ EVERYWHERE = {
     "sora": ("strategy=sora",),
     "svd_truncate": ("strategy=svd_truncate",),
 }
-IN_TWO = {
-    "autolora_bilevel": ("strategy=autolora_bilevel",),
-    "dylora": ("strategy=dylora", "strategy.select=greedy"),
-    "growth_gradient": ("strategy=dynamic_growth",),
-    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
-} | {
-    name: (f"strategy={name}",)
-    for name in ("eva", "gradient", "spectral", "random", "uniform", "rl_search", "evolution", "random_search")
-}
+IN_TWO = (
+    {
+        "autolora_bilevel": ("strategy=autolora_bilevel",),
+        "dylora": ("strategy=dylora", "strategy.select=greedy"),
+        "growth_gradient": ("strategy=dynamic_growth",),
+        "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
+    }
+    | {name: (f"strategy={name}",) for name in ("eva", "gradient", "spectral", "random", "uniform", "random_search")}
+    | {
+        name: (f"strategy={name}", "strategy.against_random=false")  # they are in the table
+        for name in ("rl_search", "evolution")
+    }
+)
 """In ``easy`` and ``all_three`` only, at a total of 18."""
 
 ENCODER, DRAWN = "encoder", "drawn"
-ON_ENCODER = Regime(("data.source=mini", "data.batch_size=16"), steps=1000)
-"""``task=planted_encoder``: a pretrained encoder on the embedded sentences. The ranks are drawn for each seed."""
+ON_ENCODER = Regime(("task.text=cola", "data.batch_size=16", "data.max_heldout=256"), steps=1000)
+"""``task=planted_encoder``: a pretrained encoder on real sentences. The ranks are drawn for each seed."""
 
 IN_ENCODER = ("autolora", PEFT_ADALORA, "adalora", "sora", "svd_truncate", "rl_search", "evolution", "random_search")
 
@@ -106,7 +111,7 @@ def cells(seeds: range) -> Iterator[tuple[str, str, int, str]]:
         yield from ((ENCODER, DRAWN, seed, method) for method in IN_ENCODER)
 
 
-def run_cell(cell: Cell) -> dict[str, object]:
+def run_cell(cell: Cell, overrides: Sequence[str] = (), steps: int | None = None) -> dict[str, object]:
     name, total, seed, method, lr = cell
     regime = REGIMES.get(name, ON_ENCODER)
     from autolora.compose import compose
@@ -119,8 +124,8 @@ def run_cell(cell: Cell) -> dict[str, object]:
     planted = ["task=planted_encoder"] if name == ENCODER else ["task=planted", f"task.ranks={PROFILES[total]}"]
     folder = Path(tempfile.mkdtemp(prefix="planted_recovery_"))
     common = [
-        *planted, f"seed={seed}", f"trainer.max_steps={regime.steps}", "logger=csv", f"optim.adapter.lr={lr}",
-        f"run_root={folder}", "trainer.enable_progress_bar=false", *regime.overrides,
+        *planted, f"seed={seed}", f"trainer.max_steps={steps or regime.steps}", "logger=csv", f"optim.adapter.lr={lr}",
+        f"run_root={folder}", "trainer.enable_progress_bar=false", *regime.overrides, *overrides,
     ]  # fmt: skip
     problem = make_problem(compose(common))
     problem.build()
@@ -155,7 +160,7 @@ def run_cell(cell: Cell) -> dict[str, object]:
         "params": found.params,
         "true_params": true.params,
         "told_params": told,
-        "steps": regime.steps,
+        "steps": cfg.trainer.max_steps,
         "plans_measured": plans,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -181,6 +186,8 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="*", default=[*REGIMES])
     parser.add_argument("--totals", nargs="*", default=[*PROFILES, DRAWN])
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the command line, for every cell")
+    parser.add_argument("--steps", type=int, help="in place of those of the regime")
     parser.add_argument("--rates", nargs="*", type=float, help="learning rates to try, in place of the chosen ones")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that work
@@ -202,7 +209,7 @@ def main() -> None:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         if not done:
             writer.writeheader()
-        jobs = {pool.submit(run_cell, cell): cell for cell in left}
+        jobs = {pool.submit(run_cell, cell, arguments.overrides, arguments.steps): cell for cell in left}
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 row = job.result()

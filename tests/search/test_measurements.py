@@ -45,6 +45,15 @@ def test_a_plan_is_measured_once_and_the_uniform_one_first() -> None:
     assert len(evaluate.plans) == len(measured.scores) == 3
 
 
+def test_what_another_search_has_measured_counts_and_needs_no_pass() -> None:
+    evaluate = Counted()
+    measured = Measurements(SPACE, evaluate, evaluations=3, known={(2, 2, 2): 0.5, (4, 0, 2): 1.5})
+    assert [measured((4, 0, 2)), measured((0, 4, 2))] == [1.5, 0.0]
+    assert measured.done
+    assert measured.scores[measured.uniform] == 0.5
+    assert evaluate.plans == [(0, 4, 2)]
+
+
 def test_of_equal_plans_the_first_is_best_so_that_uniform_ranks_have_to_be_beaten() -> None:
     measured = Measurements(SPACE, Counted({(0, 0, 0): -1.0}), evaluations=9)
     for levels in ((4, 0, 2), (0, 0, 0), (0, 4, 2)):

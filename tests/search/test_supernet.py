@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import islice
 from typing import Any
 
@@ -193,7 +194,8 @@ def test_resumed_is_uninterrupted() -> None:
 
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_all_measure_equally_many_plans_within_the_budget_and_uniform_ranks_first(kind: type[SuperNet[Any]]) -> None:
-    strategy = attached(planted(), kind, evaluations=30)
+    options = {} if kind is RandomSearch else {"against_random": False}
+    strategy = attached(planted(), kind, evaluations=30, **options)
     asked: list[RankPlan] = []
 
     def score(plan: RankPlan) -> float:
@@ -217,13 +219,32 @@ def test_all_measure_equally_many_plans_within_the_budget_and_uniform_ranks_firs
 
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_a_search_that_finds_nothing_better_says_so(kind: type[SuperNet[Any]]) -> None:
-    strategy = attached(planted(), kind, evaluations=9, objective="metric", price=0)
+    options = {} if kind is RandomSearch else {"against_random": False}
+    strategy = attached(planted(), kind, evaluations=9, objective="metric", price=0, **options)
     assert strategy.notes == []
-    assert set(strategy.finalize(lambda plan: 0.75).values()) == {2}
+    found = strategy.finalize(lambda plan: 0.75)
+    assert set(found.values()) == {2}
+    cost = found.params
     assert strategy.notes == [
-        "9 plans measured in the super-net: held-out score 0.75 at best, 0.75 with uniform ranks; the search did not "
-        "beat them"
+        f"9 plans measured in the super-net: held-out score 0.75 at {cost:,} parameters for the plan of the highest "
+        f"worth, 0.75 at {cost:,} parameters for uniform ranks; the search did not beat them"
     ]
+
+
+def test_a_cheaper_plan_that_is_no_better_has_not_beaten_uniform_ranks() -> None:
+    strategy = attached(planted(), RandomSearch, evaluations=9, objective="metric", price=5)
+    found = strategy.finalize(lambda plan: 0.75)
+    assert found.params < strategy.space.plan(strategy.space.uniform()).params
+    assert f"0.75 at {found.params:,} parameters for the plan of the highest worth" in strategy.notes[0]
+    assert strategy.notes[0].endswith("the search did not beat them")
+
+
+def test_scores_that_are_undefined_are_counted() -> None:
+    strategy = attached(planted(), RandomSearch, evaluations=9, objective="metric", price=0)
+    strategy.finalize(lambda plan: math.nan if plan["U0"] else 0.5)
+    undefined = sum(score == -1.0 for score in strategy.measured.scores.values())
+    assert 0 < undefined < 9
+    assert strategy.notes[1].startswith(f"the score of {undefined} of these plans was undefined")
 
 
 def test_a_search_is_compared_with_random_plans_in_plain_words() -> None:
@@ -231,24 +252,28 @@ def test_a_search_is_compared_with_random_plans_in_plain_words() -> None:
         return -0.5 - 0.25 * (plan["U0"] != 2)
 
     level = attached(planted(), Evolution, evaluations=9, price=0, against_random=True)
-    level.finalize(evaluate)
+    cost = level.finalize(evaluate).params
     assert level.notes == [
-        "9 plans measured in the super-net: held-out loss 0.5 at best, 0.5 with uniform ranks; the search did not beat "
-        "them",
-        "9 random plans: 0.5 at best; the search did not beat random search",
+        f"9 plans measured in the super-net: held-out loss 0.5 at {cost:,} parameters for the plan of the highest "
+        f"worth, 0.5 at {cost:,} parameters for uniform ranks; the search did not beat them",
+        f"9 random plans: 0.5 at {cost:,} parameters for the best; the search did not beat them",
     ]
 
     calls: list[RankPlan] = []
 
-    def only_the_first_nine_can_be_good(plan: RankPlan) -> float:
+    def only_the_fourth_is_good(plan: RankPlan) -> float:
         calls.append(plan)
-        return -1 / len(calls) if len(calls) < 10 else -1.0
+        return -0.25 if len(calls) == 4 else -1.0
 
     ahead = attached(planted(), Evolution, evaluations=9, price=0, against_random=True)
-    ahead.finalize(only_the_first_nine_can_be_good)
-    assert len(calls) == 18
-    assert ahead.notes[1] == "9 random plans: 1 at best; the search beat random search"
-    assert "at best, 1 with uniform ranks" in ahead.notes[0]
+    ahead.finalize(only_the_fourth_is_good)
+    assert ahead.measured is not None
+    assert ahead.at_random is not None
+    assert len(calls) == len({**ahead.measured.scores, **ahead.at_random.scores}) < 18  # uniform ranks are known
+    assert "held-out loss 0.25 at " in ahead.notes[0]
+    assert ahead.notes[1].startswith("9 random plans: 1 at ")
+    assert ahead.notes[1].endswith("the search beat them")
+    assert ahead.notes[0].endswith("parameters for uniform ranks")
 
 
 def test_the_objective_is_what_the_run_is_asked_to_measure() -> None:

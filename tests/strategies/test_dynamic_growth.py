@@ -187,9 +187,17 @@ def test_ranks_never_shrink_and_end_at_the_budget(kind: str, allocation: str, bu
     assert torch.equal(pair.student.train()(inputs), pair.student.eval()(inputs))
 
 
-def test_rounds_that_double_are_shared_out_by_the_scores() -> None:
-    """Each doubling pays for one more component of every module: in their order alone, all would get one."""
-    strategy, pair = growth(Budget(rank=4), max_rank=16, growth_strategy="step"), pair_of((0, 8, 0, 0))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"growth_strategy": "step"},
+        {"growth_strategy": "linear", "growth_interval": 20},  # one round
+        {"growth_strategy": "adaptive", "tolerance": 0.0},  # nothing before the last round
+    ],
+)
+def test_rounds_that_pay_for_all_are_shared_out_by_the_scores(options: dict[str, Any]) -> None:
+    """Each pays for one more component of every module: in their order alone, all would get one."""
+    strategy, pair = growth(Budget(rank=4), max_rank=16, **options), pair_of((0, 8, 0, 0))
     strategy._measure = lambda loss_fn: setattr(strategy, "scores", {"U0": 0.0, "V0": 6.0, "U1": 1.0, "V1": 1.0})  # type: ignore[method-assign]
     plan = run(strategy, pair).plan
     assert plan["V0"] > 4 >= plan["U1"] > plan["U0"] == 1

@@ -124,12 +124,19 @@ def test_subsample_shares(counts: list[int], n: int, seed: int) -> None:
 
 
 @settings(deadline=None)
-@given(n=st.integers(4, 60), fraction=st.floats(0.01, 0.99))
+@given(n=st.integers(6, 60), fraction=st.floats(0.01, 0.99))
 def test_hold_out_of_few_scores(n: int, fraction: float) -> None:
     fit, held = hold_out(scores(n), fraction, None, seed=0)
-    assert len(fit) >= 2
-    assert len(held) >= 2
+    assert len(fit) >= 3
+    assert len(held) >= 3
     assert len(fit) + len(held) == n
+
+
+def test_two_scores_always_correlate_and_are_too_few_to_choose_by() -> None:
+    with pytest.raises(DataError, match=r"needs at least 3 rows; its limit is 2: raise the limit"):
+        hold_out(scores(64), 0.1, 2, seed=0)
+    with pytest.raises(DataError, match=r"5 rows .*expected at least six rows"):
+        hold_out(scores(5), 0.4, None, seed=0)
 
 
 def test_hold_out_leaves_a_rare_class_a_row_to_fit() -> None:
