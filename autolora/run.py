@@ -34,7 +34,7 @@ from autolora.strategies.base import Planned, Strategy
 
 if TYPE_CHECKING:
     from autolora.training.checkpoints import Checkpoint
-    from autolora.training.problem import Outputs, Scores
+    from autolora.training.problem import Labelled, Outputs, Scores
 
 
 def run_one(cfg: RunConfig) -> RunResult:
@@ -228,18 +228,18 @@ def check_plan(strategy: Strategy[Any], plan: RankPlan) -> None:
 def select(run: Run) -> tuple[RankPlan, Scores]:
     """The plan that the strategy settles on, with what it does not use removed, and its score on the held-out slice."""
     from autolora.adapters import compact
-    from autolora.training.problem import evaluate
+    from autolora.training.problem import evaluate, read
 
     problem, strategy = run.problem, run.strategy
     assert strategy is not None
-
-    def held_out() -> Outputs:
-        return evaluate(problem, problem.model, "heldout")
+    rows: list[Labelled] = []
 
     def score(plan: RankPlan) -> float:
         run.plans_measured += 1
+        if not rows:
+            rows.extend(read(problem, problem.model, "heldout", strategy.scored_rows))
         with strategy.adapters.masked(plan):
-            outputs = held_out()
+            outputs = evaluate(problem, problem.model, "heldout", rows)
         if strategy.scored_by == "loss":
             return -float(problem.criterion(outputs.logits, outputs.labels))
         return problem.scores({"heldout": outputs}).utility()
@@ -248,7 +248,7 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
         plan = strategy.finalize(score)
         check_plan(strategy, plan)
         compact(strategy.adapters)
-        return plan, problem.scores({"heldout": held_out()})
+        return plan, problem.scores({"heldout": evaluate(problem, problem.model, "heldout")})
 
 
 def write(run: Run, result: RunResult, outputs: dict[str, Outputs]) -> None:

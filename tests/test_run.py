@@ -26,6 +26,7 @@ from autolora.results import RunDirectory, RunResult
 from autolora.run import run_one
 from autolora.strategies.svd_truncate import SVDTruncate
 from autolora.strategies.uniform import Uniform
+from autolora.training.planted import PlantedRegression
 
 GOOD, BAD = ["good", "great", "happy", "love"], ["bad", "sad", "slow", "small"]
 
@@ -342,6 +343,26 @@ def test_every_batch_that_goes_through_the_model_counts(
 ) -> None:
     result = run_one(on_planted(tmp_path, *overrides))
     assert result.compute.passes == passes
+
+
+@pytest.mark.parametrize(("option", "rows"), [("16", 16), ("null", 8192)])
+def test_a_plan_is_measured_on_the_rows_that_the_search_asks_for(
+    option: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass for each plan, on the same rows; the score of what was found is on every row."""
+    seen: list[Any] = []
+    forward = PlantedRegression.forward
+
+    def watched(self: PlantedRegression, model: Any, batch: Any) -> Any:
+        if "index" in batch:
+            seen.append(batch["inputs"])
+        return forward(self, model, batch)
+
+    monkeypatch.setattr(PlantedRegression, "forward", watched)
+    search = ("strategy=random_search", "strategy.evaluations=7", f"strategy.heldout_rows={option}")
+    assert run_one(on_planted(tmp_path, *search)).compute.plans_measured == 7
+    assert [len(inputs) for inputs in seen] == [rows] * 7 + [8192] * 2  # and dev
+    assert all(torch.equal(inputs, seen[7][:: 8192 // rows]) for inputs in seen[:7])
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:

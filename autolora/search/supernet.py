@@ -41,12 +41,14 @@ class SearchOptions(StrategyOptions):
     """What every search is told.
 
     ``evaluations``: how many plans are measured, the uniform one included. ``objective``: what is measured, the
-    primary metric or the (negative) loss. ``price``: what the parameters of the largest plan cost, in units of it.
+    primary metric or the (negative) loss; ``heldout_rows``: on how many rows of the held-out slice, the same for all
+    plans, ``None`` for every row. ``price``: what the parameters of the largest plan cost, in units of the objective.
     ``min_rank`` and ``step``: of the grid of ranks. ``random_plans``: n of the sandwich rule.
     """
 
     evaluations: int = Field(default=200, ge=1)
     objective: Literal["loss", "metric"] = "loss"
+    heldout_rows: int | None = Field(default=256, ge=1)
     price: float = Field(default=0.01, ge=0)
     min_rank: int = Field(default=0, ge=0)
     step: int = Field(default=1, ge=1)
@@ -125,6 +127,11 @@ class SuperNet(Strategy[SearchT]):
     def scored_by(self) -> Literal["metric", "loss"]:  # type: ignore[override]
         """The objective."""
         return self.options.objective
+
+    @property
+    def scored_rows(self) -> int | None:  # type: ignore[override]
+        """As many as the options say."""
+        return self.options.heldout_rows
 
     @property
     def settled(self) -> bool:

@@ -92,6 +92,7 @@ class Strategy(Generic[OptionsT]):
 
     Attributes:
         scored_by: what the score of a plan is: the primary metric, or the negative loss, which is finer.
+        scored_rows: how many rows of the held-out slice it is measured on; ``None``: on all.
         largest: the plan of maximum ranks, from :meth:`attach` on.
         allowance: the budget in parameters, ``None`` without one, from :meth:`attach` on.
         model: what :meth:`attach` was given.
@@ -101,6 +102,7 @@ class Strategy(Generic[OptionsT]):
     Options: ClassVar[type[StrategyOptions]]
     wants_heldout: ClassVar[bool] = False
     scored_by: Literal["metric", "loss"] = "metric"
+    scored_rows: int | None = None
     largest: RankPlan
     allowance: int | None
     model: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from autolora.errors import DataError
 from autolora.signals import held_back, leave_to_parent
 from autolora.tasks.records import Split
 from autolora.training.batches import BucketSampler, TokenBatches, Tokens, tokenize_cached
-from autolora.training.problem import Batches
+from autolora.training.problem import Batches, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,11 +136,14 @@ class TextDataModule(Batches):
         sampler = BucketSampler(lengths, self.batch_size, seed=self.seed, num_replicas=replicas, rank=rank)
         return self._loader(name, sampler)
 
-    def ordered_loader(self, name: str) -> Loader:
-        """Batches as in evaluation, of any split."""
-        return self._loader(name, BucketSampler(self.tokens(name).lengths, self.eval_batch_size, shuffle=False))
+    def ordered_loader(self, name: str, limit: int | None = None) -> Loader:
+        """Batches as in evaluation, of any split or so many rows of it (:func:`autolora.training.problem.spread`)."""
+        lengths = self.tokens(name).lengths
+        rows = spread(len(lengths), limit)
+        sampler = BucketSampler(lengths[rows], self.eval_batch_size, shuffle=False)
+        return self._loader(name, [[rows[i] for i in batch] for batch in sampler.batches(0)])
 
-    def _loader(self, name: str, sampler: BucketSampler) -> Loader:
+    def _loader(self, name: str, sampler: Iterable[list[int]]) -> Loader:
         pad_id = self.tokenizer.pad_token_id
         assert isinstance(pad_id, int)
         batches = TokenBatches(

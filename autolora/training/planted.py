@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from autolora.plan import Budget, RankPlan
 from autolora.strategies.base import Batch
 from autolora.tasks.planted import TeacherStudent
-from autolora.training.problem import Batches, Outputs, Problem, Scores
+from autolora.training.problem import Batches, Outputs, Problem, Scores, spread
 
 
 class FreshBatches(IterableDataset[Batch]):
@@ -87,9 +87,10 @@ class PlantedRegression(Problem):
         """Fresh batches that training does not see."""
         return FreshBatches(self.pair, self.batch_size, self.seed + 3, start)
 
-    def eval_batches(self, split: str) -> Iterable[Batch]:
+    def eval_batches(self, split: str, limit: int | None = None) -> Iterable[Batch]:
         """One batch of fixed rows, without noise."""
-        return [self._rows(split)]
+        rows = spread(self.eval_size, limit)
+        return [{key: value[rows] for key, value in self._rows(split).items()}]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the student says, shape ``(batch, dim)``."""

@@ -7,7 +7,7 @@ A :class:`Problem` hides whether a run learns a GLUE task with a pretrained enco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,8 +114,11 @@ class Problem(ABC):
         """
 
     @abstractmethod
-    def eval_batches(self, split: str) -> Iterable[Batch]:
-        """Every row of ``heldout`` (a slice of train, for every choice that is made) or of a dev split, once."""
+    def eval_batches(self, split: str, limit: int | None = None) -> Iterable[Batch]:
+        """The rows of ``heldout`` (a slice of train, for every choice that is made) or of a dev split, each once.
+
+        ``limit``: only so many of them (:func:`spread`).
+        """
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -143,26 +146,49 @@ class Problem(ABC):
         return values.tolist()
 
 
+Labelled = tuple[Batch, Tensor]
+"""A batch on the model's device, and what its outputs shall be."""
+
+
 @torch.no_grad()
-def evaluate(problem: Problem, model: nn.Module, split: str, device: torch.device | None = None) -> Outputs:
+def read(problem: Problem, model: nn.Module, split: str, limit: int | None = None) -> Iterator[Labelled]:
+    """The rows of a split, or so many of them, ready to be evaluated."""
+    device = next(model.parameters()).device
+    for batch in problem.eval_batches(split, limit):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        yield batch, problem.labels(batch).cpu()
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, model: nn.Module, split: str, rows: Iterable[Labelled] | None = None) -> Outputs:
     """Run the model over a split in evaluation mode, in float32, and put its outputs back into the order of the rows.
 
     Batches may come in any order: each carries the positions of its rows as ``index``.
 
+    Args:
+        problem: what the outputs are for.
+        model: the model.
+        split: name of the split.
+        rows: what :func:`read` gave of it, where it is evaluated again and again; by default it is read now.
+
     Raises:
         NonFiniteLossError: if an output is not finite: the largest of them would still pass for a prediction.
     """
-    device = device or next(model.parameters()).device
     was_training = model.training
     model.eval()
     index, logits, labels = [], [], []
-    for batch in problem.eval_batches(split):
-        batch = {key: value.to(device) for key, value in batch.items()}
+    for batch, target in read(problem, model, split) if rows is None else rows:
         logits.append(problem.forward(model, batch).float().cpu())
-        labels.append(problem.labels(batch).cpu())
+        labels.append(target)
         index.append(batch["index"].cpu())
     model.train(was_training)
     return in_order(index, logits, labels, split)
+
+
+def spread(rows: int, limit: int | None) -> list[int]:
+    """Positions of at most ``limit`` of so many rows, at equal distances."""
+    count = rows if limit is None else min(rows, limit)
+    return [i * rows // count for i in range(count)]
 
 
 def in_order(index: Sequence[Tensor], logits: Sequence[Tensor], labels: Sequence[Tensor], split: str) -> Outputs:

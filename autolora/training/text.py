@@ -124,9 +124,9 @@ class TextProblem(Problem):
         while True:
             yield from loader
 
-    def eval_batches(self, split: str) -> Iterable[Batch]:
-        """Every row of the split once, sorted by length."""
-        return self.datamodule.ordered_loader(split)
+    def eval_batches(self, split: str, limit: int | None = None) -> Iterable[Batch]:
+        """The rows of the split once, sorted by length."""
+        return self.datamodule.ordered_loader(split, limit)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits in float32, shape ``(batch, labels)``."""

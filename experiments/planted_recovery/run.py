@@ -65,10 +65,14 @@ IN_TWO = (
         "growth_gradient": ("strategy=dynamic_growth",),
         "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
     }
-    | {name: (f"strategy={name}",) for name in ("eva", "gradient", "spectral", "random", "uniform", "random_search")}
+    | {name: (f"strategy={name}",) for name in ("eva", "gradient", "spectral", "random", "uniform")}
     | {
-        name: (f"strategy={name}", "strategy.against_random=false")  # they are in the table
-        for name in ("rl_search", "evolution")
+        name: (f"strategy={name}", "strategy.heldout_rows=null", *more)
+        for name, more in {
+            "rl_search": ("strategy.against_random=false",),  # random plans are in the table
+            "evolution": ("strategy.against_random=false",),
+            "random_search": (),
+        }.items()
     }
 )
 """In ``easy`` and ``all_three`` only, at a total of 18."""

@@ -152,6 +152,21 @@ def test_evaluation_reads_every_row_sorted_by_length(module: TextDataModule) -> 
     assert (np.diff(lengths) <= 0).all()
 
 
+def test_some_rows_are_spread_over_the_split(module: TextDataModule) -> None:
+    few = module.ordered_loader("heldout", 5)
+    every = {row: text for batch in module.ordered_loader("heldout") for row, text in by_row(batch).items()}
+    assert sorted(flat(rows_of(few))) == [0, 4, 8, 12, 16]  # of 21
+    assert all(every[row] == text for batch in few for row, text in by_row(batch).items())
+    assert sorted(flat(rows_of(module.ordered_loader("heldout", 99)))) == list(range(21))
+
+
+def by_row(batch: dict[str, Tensor]) -> dict[int, list[int]]:
+    return {
+        int(row): ids[mask.bool()].tolist()
+        for row, ids, mask in zip(batch["index"], batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 200),
