@@ -11,7 +11,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-from run import CEILING, DRAWN, ENCODER, EVERYWHERE, HERE, IN_ENCODER, IN_TWO, PROFILES, REGIMES, rows_of
+from run import CEILING, DRAWN, ENCODER, EVERYWHERE, FOR_OTHERS, HERE, IN_ENCODER, OTHERS, PROFILES, REGIMES, rows_of
 
 from autolora.tasks.planted import plant
 
@@ -47,7 +47,8 @@ def main() -> None:
         runs[row["method"], row["regime"], row["total"]].append(row)
     everywhere = {regime: [(regime, total) for total in PROFILES] for regime in REGIMES}
     table("regime", everywhere, list(EVERYWHERE), runs, by_method=False)
-    table("method", {"easy": [("easy", "18")], "all_three": [("all_three", "18")]}, [*EVERYWHERE, *IN_TWO], runs)
+    others = {regime: [(regime, total) for total in totals] for regime, totals in FOR_OTHERS.items()}
+    table("method", others, [*EVERYWHERE, *OTHERS], runs)
     table("method", {ENCODER: [(ENCODER, DRAWN)]}, [*IN_ENCODER], runs)
     draw(runs)
 
@@ -88,7 +89,7 @@ def cell(rows: list[Row]) -> str:
 def draw(runs: Mapping[Key, list[Row]]) -> None:
     """Methods by problems: the mean number of misplaced components, and as colour the share of runs without one."""
     columns = [(regime, total) for regime in REGIMES for total in PROFILES]
-    methods = [method for method in (*EVERYWHERE, *IN_TWO) if any(runs.get((method, *column)) for column in columns)]
+    methods = [method for method in (*EVERYWHERE, *OTHERS) if any(runs.get((method, *column)) for column in columns)]
     counts = [[[misplaced(row) for row in runs.get((method, *column), [])] for column in columns] for method in methods]
     shares = [[wrong.count(0) / len(wrong) if wrong else float("nan") for wrong in row] for row in counts]
     figure, axes = plt.subplots(figsize=(13, 0.42 * len(methods) + 2.2), layout="constrained")
