@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -14,12 +15,12 @@ COLUMNS = [
     "task", "data_source", "data_fingerprint", "backbone", "strategy", "seed", "metric", "value", "adapter_params",
     "budget", "head_params", "steps", "fit_seconds", "total_seconds", "true_ranks", "found_ranks", "exact_fraction",
     "excess_error", "max_train", "config_hash", "commit", "retrain", "fit_steps", "retrain_steps", "plans_measured",
+    "passes", "ranks",
 ]  # fmt: skip
 
 
 def row_of(result: RunResult, max_train: int | None) -> dict[str, object]:
     planted = result.planted
-    ranks = (lambda found: " ".join(map(str, found.values()))) if planted else None
     return {
         "task": result.task,
         "data_source": result.data_source,
@@ -35,8 +36,8 @@ def row_of(result: RunResult, max_train: int | None) -> dict[str, object]:
         "steps": result.steps,
         "fit_seconds": round(result.seconds.fit, 1),
         "total_seconds": round(result.seconds.total, 1),
-        "true_ranks": ranks(planted.true) if planted and ranks else None,
-        "found_ranks": ranks(planted.found) if planted and ranks else None,
+        "true_ranks": text_of(planted.true) if planted else None,
+        "found_ranks": text_of(planted.found if planted else result.found),
         "exact_fraction": planted.exact_fraction if planted else None,
         "excess_error": planted.excess_error if planted else None,
         "max_train": max_train,
@@ -46,7 +47,14 @@ def row_of(result: RunResult, max_train: int | None) -> dict[str, object]:
         "fit_steps": result.compute.fit_steps,
         "retrain_steps": result.compute.retrain_steps,
         "plans_measured": result.compute.plans_measured,
+        "passes": result.compute.passes,
+        "ranks": text_of(result.ranks),
     }
+
+
+def text_of(ranks: Mapping[str, int] | None) -> str | None:
+    """Ranks in the order of the modules."""
+    return None if ranks is None else " ".join(map(str, ranks.values()))
 
 
 def main(root: Path, out: Path) -> None:
