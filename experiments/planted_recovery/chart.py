@@ -10,6 +10,7 @@ from statistics import mean, median
 import matplotlib as mpl
 
 mpl.use("Agg")
+mpl.rcParams["svg.hashsalt"] = "planted recovery"  # the same rows give the same file
 from matplotlib import pyplot as plt
 from run import CEILING, DRAWN, ENCODER, EVERYWHERE, FOR_OTHERS, HERE, IN_ENCODER, OTHERS, PROFILES, REGIMES, rows_of
 
@@ -49,7 +50,7 @@ def main() -> None:
     table("regime", everywhere, list(EVERYWHERE), runs, by_method=False)
     others = {regime: [(regime, total) for total in totals] for regime, totals in FOR_OTHERS.items()}
     table("method", others, [*EVERYWHERE, *OTHERS], runs)
-    table("method", {ENCODER: [(ENCODER, DRAWN)]}, [*IN_ENCODER], runs)
+    table("method", {ENCODER: [(ENCODER, DRAWN)]}, [*IN_ENCODER], runs, error_as=".3f")
     draw(runs)
 
 
@@ -60,10 +61,11 @@ def table(
     runs: Mapping[Key, list[Row]],
     *,
     by_method: bool = True,
+    error_as: str = ".0e",
 ) -> None:
     """Print runs without a misplaced component, the mean number of them, and the median excess error."""
     cells = {
-        (name, method): cell([row for problem in problems for row in runs.get((method, *problem), [])])
+        (name, method): cell([row for problem in problems for row in runs.get((method, *problem), [])], error_as)
         for name, problems in groups.items()
         for method in methods
     }
@@ -78,12 +80,12 @@ def table(
     print()
 
 
-def cell(rows: list[Row]) -> str:
+def cell(rows: list[Row], error_as: str) -> str:
     if not rows:
         return ""
     wrong = [misplaced(row) for row in rows]
     error = median(float(row["excess_error"]) for row in rows)
-    return f"{wrong.count(0)}/{len(rows)}, {mean(wrong):.1f}, {error:.0e}"
+    return f"{wrong.count(0)}/{len(rows)}, {mean(wrong):.1f}, {error:{error_as}}"
 
 
 def draw(runs: Mapping[Key, list[Row]]) -> None:
@@ -110,7 +112,7 @@ def draw(runs: Mapping[Key, list[Row]]) -> None:
     figure.colorbar(image, label="share of runs without a misplaced component", pad=0.01)
     axes.set_title("Planted ranks: mean number of misplaced components (colour: share of runs without one)", pad=28)
     for kind in ("svg", "png"):
-        figure.savefig(HERE / f"recovery.{kind}", dpi=150)
+        figure.savefig(HERE / f"recovery.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
 if __name__ == "__main__":
