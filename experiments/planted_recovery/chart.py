@@ -10,7 +10,6 @@ from statistics import mean, median
 import matplotlib as mpl
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "planted recovery"  # the same rows give the same file
 from matplotlib import pyplot as plt
 from run import CEILING, DRAWN, ENCODER, EVERYWHERE, FOR_OTHERS, HERE, IN_ENCODER, OTHERS, PROFILES, REGIMES, rows_of
 
@@ -90,6 +89,7 @@ def cell(rows: list[Row], error_as: str) -> str:
 
 def draw(runs: Mapping[Key, list[Row]]) -> None:
     """Methods by problems: the mean number of misplaced components, and as colour the share of runs without one."""
+    mpl.rcParams["svg.hashsalt"] = "planted recovery"  # the same rows give the same file
     columns = [(regime, total) for regime in REGIMES for total in PROFILES]
     methods = [method for method in (*EVERYWHERE, *OTHERS) if any(runs.get((method, *column)) for column in columns)]
     counts = [[[misplaced(row) for row in runs.get((method, *column), [])] for column in columns] for method in methods]
