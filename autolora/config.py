@@ -272,7 +272,7 @@ class BudgetConfig(Section):
         if given and not self.enabled:
             yield Conflict(
                 ("budget.enabled", *given),
-                f"{written}: there is no budget with budget=none, nor with strategies that bring it: keep one",
+                f"{written}: there is no budget with budget=none (which some strategies set): keep one",
             )
 
 

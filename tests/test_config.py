@@ -216,7 +216,10 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("adapter.rslora=true", "adapter.rslora: only has a meaning beside adapter.alpha"),
         ("adapter.targets='('", "adapter.targets: expected names or regular expressions, got '('"),
         ("adapter.rank_pattern={query:-1}", "adapter.rank_pattern={query:-1}: expected a mapping of names to integers"),
-        ("budget=none budget.rank=4", "budget.rank=4: there is no budget with budget=none: keep one"),
+        (
+            "budget=none budget.rank=4",
+            "budget.rank=4: there is no budget with budget=none (which some strategies set): keep one",
+        ),
         ("budget.rank=4 budget.params=9", "budget.rank=4 and budget.params=9: expected at most one of rank, params"),
         ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps: nothing says how long training is: set one"),
         ("trainer.max_epochs=-1 trainer.max_time=00:00:00:06", "trainer.max_epochs, max_steps: nothing says how long"),
