@@ -10,8 +10,8 @@ parameters may be active after a round is a matter of ``growth_strategy``:
   the round before. A budget is spent in the last round whatever the loss does; without a budget growth may end early.
 
 Where they go is a matter of ``allocation``: *uniform* opens components evenly over the modules, and *importance* in the
-order of a score of each module, one component each and then a second, as far as the round goes. A doubling pays for one
-of every module and more, so that the order alone would decide nothing: there each module gets a share of the round in
+order of a score of each module, one component each and then a second, as far as the round goes. In a round that pays
+for one of every module, as a doubling does, the order alone would decide nothing: there each module gets a share in
 proportion to its score. The score is measured before the round (:mod:`autolora.strategies.growing`): *gradient*, that
 of the columns of B which wait, or *increlora*, the sensitivity times uncertainty of the update as it is (Zhang et al.,
 arXiv 2308.12043), which knows nothing of a module without a component.

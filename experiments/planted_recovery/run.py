@@ -58,23 +58,22 @@ EVERYWHERE = {
     "sora": ("strategy=sora",),
     "svd_truncate": ("strategy=svd_truncate",),
 }
-OTHERS = (
-    {
-        "autolora_bilevel": ("strategy=autolora_bilevel",),
-        "dylora": ("strategy=dylora", "strategy.select=greedy"),
-        "growth_gradient": ("strategy=dynamic_growth",),
-        "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
-    }
-    | {name: (f"strategy={name}",) for name in ("eva", "gradient", "spectral", "random", "uniform")}
-    | {
-        name: (f"strategy={name}", "strategy.heldout_rows=null", *more)
-        for name, more in {
-            "rl_search": ("strategy.against_random=false",),  # random plans are in the table
-            "evolution": ("strategy.against_random=false",),
-            "random_search": (),
-        }.items()
-    }
-)
+ALL_ROWS = "strategy.heldout_rows=null"
+ALONE = "strategy.against_random=false"  # random plans are in the table
+OTHERS = {
+    "autolora_bilevel": ("strategy=autolora_bilevel",),
+    "dylora": ("strategy=dylora", "strategy.select=greedy"),
+    "growth_gradient": ("strategy=dynamic_growth",),
+    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
+    "eva": ("strategy=eva",),
+    "gradient": ("strategy=gradient",),
+    "spectral": ("strategy=spectral",),
+    "random": ("strategy=random",),
+    "uniform": ("strategy=uniform",),
+    "rl_search": ("strategy=rl_search", ALL_ROWS, ALONE),
+    "evolution": ("strategy=evolution", ALL_ROWS, ALONE),
+    "random_search": ("strategy=random_search", ALL_ROWS),
+}
 FOR_OTHERS = {"easy": tuple(PROFILES), "decaying": tuple(PROFILES), "all_three": ("18",)}
 SEARCHES = ("rl_search", "evolution", "random_search")
 FEW_SEEDS = 3
