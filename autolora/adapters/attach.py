@@ -82,10 +82,10 @@ class Adapters:
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
         self._freeze()
         self._pristine = self._copy_of_what_training_changes()
-        for name, layer in layers.items():
+        for layer in layers.values():
             layer.train(layer.base_layer.training)
-            replace_module(model, layer.base_layer, layer)
-            assert model.get_submodule(name) is layer
+        replace_modules(model, {layer.base_layer: layer for layer in layers.values()})
+        assert all(model.get_submodule(name) is layer for name, layer in layers.items())
         share_inputs(layers)
 
     # What is trained -------------------------------------------------------------------------------------------------
@@ -138,10 +138,8 @@ class Adapters:
         if not set(state) <= set(self.model.state_dict()) | masks:
             return
         known = {key.removesuffix(".lora_A"): len(tensor) for key, tensor in state.items() if key.endswith(".lora_A")}
-        for name, layer in list(self.layers.items()):
-            if name not in known:
-                self.remove(name)
-                continue
+        self.remove(*[name for name in self.layers if name not in known])
+        for name, layer in self.layers.items():
             rank = min(known[name], layer.rank)
             if f"{name}.gate.mask" in state and (rank < layer.rank or isinstance(layer.gate, LearnedGate)):
                 layer.lora_A = nn.Parameter(layer.lora_A.detach()[:rank].clone())
@@ -270,17 +268,17 @@ class Adapters:
             for layer in merged:
                 layer.merge()
 
-    def remove(self, name: str) -> None:
-        """Put the original module back in place of one adapter; the module then has rank 0."""
-        layer = self.layers.pop(name)
-        layer.unmerge()
-        replace_module(self.model, layer, layer.base_layer)
+    def remove(self, *names: str) -> None:
+        """Put the original modules back in place of these adapters; the modules then have rank 0."""
+        layers = [self.layers.pop(name) for name in names]
+        for layer in layers:
+            layer.unmerge()
+        replace_modules(self.model, {layer: layer.base_layer for layer in layers})
         share_inputs(self.layers)
 
     def detach(self) -> nn.Module:
         """Remove every adapter and restore what was trained: the model as it was, bit for bit."""
-        for name in list(self.layers):
-            self.remove(name)
+        self.remove(*self.layers)
         with torch.no_grad():
             for key, tensor in self._pristine.items():
                 module, _, attribute = key.rpartition(".")
@@ -417,9 +415,9 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever the model holds ``old``."""
+def replace_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the successor of a module wherever the model holds it, except inside the successor; one walk for all."""
     for parent in list(model.modules()):
-        if parent is not new:
-            for attribute in [name for name, child in parent._modules.items() if child is old]:
-                setattr(parent, attribute, new)
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors and successors[child] is not parent:
+                setattr(parent, name, successors[child])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from autolora.adapters.attach import Adapters, replace_module
+from autolora.adapters.attach import Adapters, replace_modules
 from autolora.adapters.layer import LoRALinear
 
 
@@ -18,12 +18,10 @@ def unwrapped(adapters: Adapters) -> Iterator[nn.Module]:
     The adapters are back at the end, and :meth:`Adapters.detach` restores what it would have restored.
     """
     try:
-        for layer in adapters.layers.values():
-            replace_module(adapters.model, layer, layer.base_layer)
+        replace_modules(adapters.model, {layer: layer.base_layer for layer in adapters.layers.values()})
         yield adapters.model
     finally:
-        for layer in adapters.layers.values():
-            replace_module(adapters.model, layer.base_layer, layer)
+        replace_modules(adapters.model, {layer.base_layer: layer for layer in adapters.layers.values()})
 
 
 @contextmanager

@@ -27,17 +27,20 @@ def compact(adapters: Adapters, optimizer: Optimizer | None = None) -> None:
         adapters: of one model.
         optimizer: of a training that goes on.
     """
-    for name, layer in list(adapters.layers.items()):
+    successors: dict[nn.Parameter, nn.Parameter | None] = {}
+    emptied = []
+    for name, layer in adapters.layers.items():
         layer.fix_gate(layer.gate.evaluation_gate())
         kept = layer.gate.evaluation_gate().nonzero().flatten()
-        successors: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(layer.gate.parameters())
+        successors |= dict.fromkeys(layer.gate.parameters())
         if len(kept) == 0:
             successors |= dict.fromkeys(layer.parameters(recurse=False))
-            adapters.remove(name)
+            emptied.append(name)
         else:
             successors |= _keep(layer, kept, optimizer)
-        if optimizer is not None:
-            _succeed(optimizer, successors)
+    adapters.remove(*emptied)
+    if optimizer is not None:
+        _succeed(optimizer, successors)
 
 
 def _keep(layer: LoRALinear, kept: Tensor, optimizer: Optimizer | None) -> dict[nn.Parameter, nn.Parameter]:

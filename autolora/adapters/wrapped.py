@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from autolora.adapters.attach import Adapters, AdapterSettings, fully_trained_modules, replace_module, stream
+from autolora.adapters.attach import Adapters, AdapterSettings, fully_trained_modules, replace_modules, stream
 from autolora.adapters.fingerprint import check_fingerprint
 from autolora.adapters.peft_format.load import read_sidecar, read_tensors
 from autolora.adapters.peft_format.names import modules_of
@@ -62,8 +62,8 @@ class Wrapped(Adapters):
         self.base: nn.Module = model.get_base_model()
         self.prefix = next(name for name, module in model.named_modules() if module is self.base)
         outer = {name: m for name, m in self.base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-        self._replaced: list[tuple[nn.Module, nn.Module]] = [(m, m.original_module) for m in outer.values()]
-        self._replaced += [(m, m.get_base_layer()) for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
+        self._replaced: dict[nn.Module, nn.Module] = {m: m.original_module for m in outer.values()}
+        self._replaced |= {m: m.get_base_layer() for m in self.base.modules() if isinstance(m, BaseTunerLayer)}
         assert set(heads) <= set(outer)
         known = {id(p) for p, _ in before}
         known |= {id(p) for module in outer.values() for p in module.parameters()}
@@ -83,17 +83,14 @@ class Wrapped(Adapters):
     def unwrapped(self) -> Iterator[nn.Module]:
         """Inside this context :attr:`base` is the model as it was before, under its own names."""
         try:
-            for outer, inner in self._replaced:
-                replace_module(self.base, outer, inner)
+            replace_modules(self.base, self._replaced)
             yield self.base
         finally:
-            for outer, inner in self._replaced:
-                replace_module(self.base, inner, outer)
+            replace_modules(self.base, {inner: outer for outer, inner in self._replaced.items()})
 
     def detach(self) -> nn.Module:
         """Take the model out of the wrapper: as it was, bit for bit."""
-        for outer, inner in self._replaced:
-            replace_module(self.base, outer, inner)
+        replace_modules(self.base, self._replaced)
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
@@ -201,12 +198,14 @@ def merge_wrapped(wrapped: PeftModel) -> nn.Module:
     from peft.utils import ModulesToSaveWrapper
 
     base: nn.Module = wrapped.get_base_model()
-    for module in list(base.modules()):
+    successors: dict[nn.Module, nn.Module] = {}
+    for module in base.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge()
-            replace_module(base, module, module.get_base_layer())
+            successors[module] = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
-            replace_module(base, module, module.modules_to_save[_NAME])
+            successors[module] = module.modules_to_save[_NAME]
+    replace_modules(base, successors)
     return base
 
 
