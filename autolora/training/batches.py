@@ -180,7 +180,7 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         tokens, index = self.tokens, np.asarray(rows, dtype=np.int64)
         lengths = tokens.lengths[index]
-        width = min(-int(lengths.max()) // WIDTH_MULTIPLE * -WIDTH_MULTIPLE, self.max_length)
+        width = int(padded_widths(lengths, self.max_length).max())
         mask = np.arange(width) < lengths[:, None]
 
         def padded(flat: NDArray[Any], fill: int) -> Tensor:
@@ -198,11 +198,27 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
         return batch | {"labels": self.labels[where], "index": where}
 
 
+def padded_widths(lengths: NDArray[np.int64], max_length: int) -> NDArray[np.int64]:
+    """How wide each row alone would be: its length, rounded up to a multiple of 8 within ``max_length``."""
+    return np.minimum(-(-lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max_length)
+
+
+def batches_by_width(widths: NDArray[np.int64], batch_size: int) -> list[list[int]]:
+    """All rows, the widest first, at most ``batch_size`` together, and only rows of one width.
+
+    What is evaluated so is never padded further than row by row: 256 sentences of CoLA, of 11 tokens on average, fill
+    3,856 places; two batches of 128, sorted by length, fill 6,144.
+    """
+    order = np.argsort(-widths, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)
+    return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
+
+
 class BucketSampler(Sampler[list[int]]):
     """Batches of rows of similar length; each row once an epoch, on one rank.
 
-    Shuffled: rows are permuted, sorted by length inside stretches of 50 batches, cut into batches, and the batches
-    permuted. The order is a function of (seed, epoch) alone. Not shuffled: the whole split sorted by length.
+    Rows are permuted, sorted by length inside stretches of 50 batches, cut into batches, and the batches permuted. The
+    order is a function of (seed, epoch) alone.
 
     All ranks get the same number of batches. What is left over at the end is spread over the last batches, so that
     nothing is dropped or repeated; with one rank it is a last, smaller batch.
@@ -215,7 +231,6 @@ class BucketSampler(Sampler[list[int]]):
         lengths: tokens of each row.
         batch_size: rows of a batch on one rank.
         seed: of the order.
-        shuffle: for training.
         num_replicas, rank: number of processes, and which one this is.
 
     Raises:
@@ -228,14 +243,13 @@ class BucketSampler(Sampler[list[int]]):
         batch_size: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
         assert batch_size >= 1
         assert 0 <= rank < num_replicas
         self.lengths = np.asarray(lengths)
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self.num_replicas, self.rank = num_replicas, rank
         self.sizes = batch_sizes(len(self.lengths), batch_size, num_replicas)
         self._stretch = MEGA_BATCHES * batch_size * num_replicas
@@ -257,14 +271,12 @@ class BucketSampler(Sampler[list[int]]):
     def batches(self, epoch: int) -> list[list[int]]:
         """All batches of this rank in an epoch, in order."""
         rng = np.random.default_rng((self.seed, epoch))
-        rows = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
-        step = self._stretch if self.shuffle else len(rows)
-        stretches = [rows[i : i + step] for i in range(0, len(rows), step)]
+        rows = rng.permutation(len(self.lengths))
+        stretches = [rows[i : i + self._stretch] for i in range(0, len(rows), self._stretch)]
         rows = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in stretches])
         cuts = np.split(rows, np.cumsum(self.sizes)[:-1])
         # Batches at the same step have similar lengths on all ranks, so that no rank waits for another.
-        steps = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
-        return [cuts[step * self.num_replicas + self.rank].tolist() for step in steps]
+        return [cuts[step * self.num_replicas + self.rank].tolist() for step in rng.permutation(len(self))]
 
     def set_epoch(self, epoch: int) -> None:
         """Make ``epoch`` the next one to be read; a position loaded for the same epoch is kept."""

@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader
 from autolora.errors import DataError
 from autolora.signals import held_back, leave_to_parent
 from autolora.tasks.records import Split
-from autolora.training.batches import BucketSampler, TokenBatches, Tokens, tokenize_cached
+from autolora.training.batches import (
+    BucketSampler,
+    TokenBatches,
+    Tokens,
+    batches_by_width,
+    padded_widths,
+    tokenize_cached,
+)
 from autolora.training.problem import Batches, spread
 
 if TYPE_CHECKING:
@@ -138,10 +145,10 @@ class TextDataModule(Batches):
 
     def ordered_loader(self, name: str, limit: int | None = None) -> Loader:
         """Batches as in evaluation, of any split or so many rows of it (:func:`autolora.training.problem.spread`)."""
-        lengths = self.tokens(name).lengths
-        rows = spread(len(lengths), limit)
-        sampler = BucketSampler(lengths[rows], self.eval_batch_size, shuffle=False)
-        return self._loader(name, [[rows[i] for i in batch] for batch in sampler.batches(0)])
+        widths = padded_widths(self.tokens(name).lengths, self.max_length)
+        rows = spread(len(widths), limit)
+        batches = batches_by_width(widths[rows], self.eval_batch_size)
+        return self._loader(name, [[rows[i] for i in batch] for batch in batches])
 
     def _loader(self, name: str, sampler: Iterable[list[int]]) -> Loader:
         pad_id = self.tokenizer.pad_token_id

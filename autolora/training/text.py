@@ -125,7 +125,7 @@ class TextProblem(Problem):
             yield from loader
 
     def eval_batches(self, split: str, limit: int | None = None) -> Iterable[Batch]:
-        """The rows of the split once, sorted by length."""
+        """The rows of the split once, the longest first."""
         return self.datamodule.ordered_loader(split, limit)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

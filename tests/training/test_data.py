@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from autolora.training.batches import (
     BucketSampler,
     TokenBatches,
     batch_sizes,
+    batches_by_width,
+    padded_widths,
     tokenize,
     tokenize_cached,
     tokenizer_fingerprint,
@@ -133,7 +136,8 @@ def test_buckets_waste_less_padding_than_no_buckets() -> None:
     bucketed = padding(BucketSampler(lengths, 16).batches(0))
     shuffled = np.random.default_rng(1).permutation(3000).tolist()
     unsorted = padding([shuffled[i : i + 16] for i in range(0, 3000, 16)])
-    best = padding(BucketSampler(lengths, 16, shuffle=False).batches(0))
+    by_length = np.argsort(lengths).tolist()
+    best = padding([by_length[i : i + 16] for i in range(0, 3000, 16)])
     assert best <= bucketed < unsorted / 5
 
 
@@ -144,12 +148,24 @@ def test_short_and_long_batches_are_mixed_over_the_epoch() -> None:
     assert abs(neighbours) < 0.3
 
 
-def test_evaluation_reads_every_row_sorted_by_length(module: TextDataModule) -> None:
+def test_evaluation_reads_every_row_no_wider_than_alone(module: TextDataModule) -> None:
     (loader,) = module.val_dataloader()
-    rows = flat(rows_of(loader))
-    assert sorted(rows) == list(range(21))
-    lengths = module.tokens("heldout").lengths[rows]
-    assert (np.diff(lengths) <= 0).all()
+    assert sorted(flat(rows_of(loader))) == list(range(21))
+    for batch in loader:
+        width = batch["input_ids"].shape[1]
+        lengths = batch["attention_mask"].sum(1)
+        assert ((lengths <= width) & (lengths > width - 8)).all()
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), batch_size=st.integers(1, 9))
+def test_batches_of_one_width(lengths: list[int], batch_size: int) -> None:
+    widths = padded_widths(np.array(lengths), 44)
+    assert widths.tolist() == [min(44, 8 * math.ceil(length / 8)) for length in lengths]
+    batches = batches_by_width(widths, batch_size)
+    assert sorted(flat(batches)) == list(range(len(lengths)))
+    assert all(0 < len(batch) <= batch_size and len(set(widths[batch])) == 1 for batch in batches)
+    firsts = [widths[batch[0]] for batch in batches]
+    assert firsts == sorted(firsts, reverse=True)
 
 
 def test_some_rows_are_spread_over_the_split(module: TextDataModule) -> None:
@@ -172,19 +188,15 @@ def by_row(batch: dict[str, Tensor]) -> dict[int, list[int]]:
     rows=st.integers(1, 200),
     batch_size=st.integers(1, 9),
     replicas=st.integers(1, 5),
-    shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_ranks_divide_the_rows_among_them(rows: int, batch_size: int, replicas: int, shuffle: bool, epoch: int) -> None:
+def test_ranks_divide_the_rows_among_them(rows: int, batch_size: int, replicas: int, epoch: int) -> None:
     if rows < replicas:
         with pytest.raises(DataError, match="processes"):
             batch_sizes(rows, batch_size, replicas)
         return
     lengths = np.random.default_rng(rows).integers(1, 50, rows)
-    ranks = [
-        BucketSampler(lengths, batch_size, shuffle=shuffle, num_replicas=replicas, rank=rank)
-        for rank in range(replicas)
-    ]
+    ranks = [BucketSampler(lengths, batch_size, num_replicas=replicas, rank=rank) for rank in range(replicas)]
     parts = [sampler.batches(epoch) for sampler in ranks]
     assert {len(part) for part in parts} == {len(ranks[0])}
     assert sorted(row for part in parts for row in flat(part)) == list(range(rows))
