@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_ROWS = 10_000
-WIDTH_MULTIPLE = 8
 MEGA_BATCHES = 50
 _CACHE_LAYOUT = 1
 
@@ -148,13 +147,12 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
 
     The batch is a dictionary with ``input_ids``, ``attention_mask`` and, where the tokenizer gives them,
     ``token_type_ids``, all of shape ``(batch, width)``; ``labels`` and ``index`` (the row's position in the split) of
-    shape ``(batch,)``. The width is that of the longest row, rounded up to a multiple of 8 within ``max_length``.
+    shape ``(batch,)``. The width is that of the longest row.
 
     Args:
         tokens: the rows.
         labels: one for each row.
         pad_id: token that rows are filled up with, on the right.
-        max_length: no row is longer.
         regression: labels are float32 instead of int64.
         pad_type: segment of padding.
     """
@@ -165,14 +163,13 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
         labels: Sequence[float],
         *,
         pad_id: int,
-        max_length: int,
         regression: bool = False,
         pad_type: int = 0,
     ) -> None:
         assert len(tokens) == len(labels)
         self.tokens = tokens
         self.labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
-        self.pad_id, self.pad_type, self.max_length = pad_id, pad_type, max_length
+        self.pad_id, self.pad_type = pad_id, pad_type
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -180,8 +177,7 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         tokens, index = self.tokens, np.asarray(rows, dtype=np.int64)
         lengths = tokens.lengths[index]
-        width = int(padded_widths(lengths, self.max_length).max())
-        mask = np.arange(width) < lengths[:, None]
+        mask = np.arange(lengths.max()) < lengths[:, None]
 
         def padded(flat: NDArray[Any], fill: int) -> Tensor:
             table = np.full(mask.shape, fill, dtype=np.int64)
@@ -198,19 +194,14 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
         return batch | {"labels": self.labels[where], "index": where}
 
 
-def padded_widths(lengths: NDArray[np.int64], max_length: int) -> NDArray[np.int64]:
-    """How wide each row alone would be: its length, rounded up to a multiple of 8 within ``max_length``."""
-    return np.minimum(-(-lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max_length)
+def batches_by_length(lengths: NDArray[np.int64], batch_size: int) -> list[list[int]]:
+    """All rows, the longest first, at most ``batch_size`` together, so that none is padded by 4 tokens or more.
 
-
-def batches_by_width(widths: NDArray[np.int64], batch_size: int) -> list[list[int]]:
-    """All rows, the widest first, at most ``batch_size`` together, and only rows of one width.
-
-    What is evaluated so is never padded further than row by row: 256 sentences of CoLA, of 11 tokens on average, fill
-    3,856 places; two batches of 128, sorted by length, fill 6,144.
+    256 sentences of CoLA with 2,925 tokens fill 3,303 places.
     """
-    order = np.argsort(-widths, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)
+    order = np.argsort(-lengths, kind="stable")
+    fours = (lengths[order] - 1) // 4
+    groups = np.split(order, np.flatnonzero(np.diff(fours)) + 1)
     return [group[i : i + batch_size].tolist() for group in groups for i in range(0, len(group), batch_size)]
 
 

@@ -17,8 +17,7 @@ from autolora.training.batches import (
     BucketSampler,
     TokenBatches,
     Tokens,
-    batches_by_width,
-    padded_widths,
+    batches_by_length,
     tokenize_cached,
 )
 from autolora.training.problem import Batches, spread
@@ -145,9 +144,9 @@ class TextDataModule(Batches):
 
     def ordered_loader(self, name: str, limit: int | None = None) -> Loader:
         """Batches as in evaluation, of any split or so many rows of it (:func:`autolora.training.problem.spread`)."""
-        widths = padded_widths(self.tokens(name).lengths, self.max_length)
-        rows = spread(len(widths), limit)
-        batches = batches_by_width(widths[rows], self.eval_batch_size)
+        lengths = self.tokens(name).lengths
+        rows = spread(len(lengths), limit)
+        batches = batches_by_length(lengths[rows], self.eval_batch_size)
         return self._loader(name, [[rows[i] for i in batch] for batch in batches])
 
     def _loader(self, name: str, sampler: Iterable[list[int]]) -> Loader:
@@ -157,7 +156,6 @@ class TextDataModule(Batches):
             self.tokens(name),
             self.splits[name].labels,
             pad_id=pad_id,
-            max_length=self.max_length,
             regression=self.regression,
             pad_type=self.tokenizer.pad_token_type_id,
         )

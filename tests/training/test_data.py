@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from autolora.training.batches import (
     BucketSampler,
     TokenBatches,
     batch_sizes,
-    batches_by_width,
-    padded_widths,
+    batches_by_length,
     tokenize,
     tokenize_cached,
     tokenizer_fingerprint,
@@ -148,24 +146,23 @@ def test_short_and_long_batches_are_mixed_over_the_epoch() -> None:
     assert abs(neighbours) < 0.3
 
 
-def test_evaluation_reads_every_row_no_wider_than_alone(module: TextDataModule) -> None:
+def test_evaluation_reads_every_row_and_hardly_pads(module: TextDataModule) -> None:
     (loader,) = module.val_dataloader()
     assert sorted(flat(rows_of(loader))) == list(range(21))
     for batch in loader:
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
-        assert ((lengths <= width) & (lengths > width - 8)).all()
+        assert lengths.max() == width < lengths.min() + 4
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), batch_size=st.integers(1, 9))
-def test_batches_of_one_width(lengths: list[int], batch_size: int) -> None:
-    widths = padded_widths(np.array(lengths), 44)
-    assert widths.tolist() == [min(44, 8 * math.ceil(length / 8)) for length in lengths]
-    batches = batches_by_width(widths, batch_size)
+def test_batches_of_rows_of_about_one_length(lengths: list[int], batch_size: int) -> None:
+    batches = batches_by_length(np.array(lengths), batch_size)
     assert sorted(flat(batches)) == list(range(len(lengths)))
-    assert all(0 < len(batch) <= batch_size and len(set(widths[batch])) == 1 for batch in batches)
-    firsts = [widths[batch[0]] for batch in batches]
-    assert firsts == sorted(firsts, reverse=True)
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    inside = [[lengths[row] for row in batch] for batch in batches]
+    assert all(max(batch) < min(batch) + 4 for batch in inside)
+    assert flat(inside) == sorted(lengths, reverse=True)
 
 
 def test_some_rows_are_spread_over_the_split(module: TextDataModule) -> None:
@@ -232,9 +229,7 @@ def test_batches_are_what_the_tokenizer_makes(tokenizer: PreTrainedTokenizerBase
     for batch in data.train_dataloader():
         rows = batch["index"].tolist()
         texts = [[split.text_a[i] for i in rows], *([[split.text_b[i] for i in rows]] if split.text_b else [])]
-        expected = tokenizer(
-            *texts, truncation=True, max_length=40, padding=True, pad_to_multiple_of=8, return_tensors="pt"
-        )
+        expected = tokenizer(*texts, truncation=True, max_length=40, padding=True, return_tensors="pt")
         assert set(batch) == {*expected, "labels", "index"}
         for key in expected:
             assert torch.equal(batch[key], expected[key]), key
@@ -277,7 +272,7 @@ def test_scores_are_floats(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_segments_are_left_out_where_the_tokenizer_has_none(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenize(make_split(5), tokenizer, 32)
     bare = batches_module.Tokens(tokens.ids, tokens.offsets, None, 0)
-    batch = TokenBatches(bare, [0] * 5, pad_id=0, max_length=32)[[3, 1]]
+    batch = TokenBatches(bare, [0] * 5, pad_id=0)[[3, 1]]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
 
 
