@@ -134,11 +134,15 @@ class Adapters:
 
     def _cut_down_to(self, state: Mapping[str, Tensor]) -> None:
         """Fewer components where the state has fewer; a state that knows other modules is left to be refused."""
-        masks = {f"{name}.gate.mask" for name in self.layers}
-        if not set(state) <= set(self.model.state_dict()) | masks:
-            return
         known = {key.removesuffix(".lora_A"): len(tensor) for key, tensor in state.items() if key.endswith(".lora_A")}
-        self.remove(*[name for name in self.layers if name not in known])
+        gone = [name for name in self.layers if name not in known]
+        names = {f"{name}.gate.mask" for name in self.layers}
+        for key in self.model.state_dict():
+            owner, inner, own = key.partition(".base_layer.")
+            names.add(f"{owner}.{own}" if inner and owner in gone else key)
+        if not set(state) <= names:
+            return
+        self.remove(*gone)
         for name, layer in self.layers.items():
             rank = min(known[name], layer.rank)
             if f"{name}.gate.mask" in state and (rank < layer.rank or isinstance(layer.gate, LearnedGate)):

@@ -248,6 +248,7 @@ class SelectorGate(LearnedGate):
         self.threshold = threshold if threshold is not None else (equal_share if form in _SIMPLEX_FORMS else 0.5)
         self.generator = generator
         self.logits = nn.Parameter(torch.full((rank,), float(init)))
+        self.least_probability = self._probability_at_threshold()
 
     @property
     def elementwise(self) -> bool:
@@ -274,8 +275,14 @@ class SelectorGate(LearnedGate):
 
     def kept(self, logits: Tensor | None = None) -> Tensor:
         """Which components survive the threshold: bool, shape ``(r,)``; ``logits`` as for :meth:`probability`."""
-        level = self.value(logits) if self.form == "hard_concrete" else self.probability(logits)
-        return level > self.threshold
+        return self.probability(logits) > self.least_probability
+
+    def _probability_at_threshold(self) -> float:
+        """The :meth:`probability` of a component whose value (for straight_through, whose level) is the threshold."""
+        if self.form != "hard_concrete":
+            return self.threshold
+        level = (self.threshold - _STRETCH_LOW) / (_STRETCH_HIGH - _STRETCH_LOW)
+        return float(self.probability(torch.tensor(level).logit()))
 
     def learned_evaluation_gate(self) -> Tensor:
         """The noise-free value above the threshold, else 0."""

@@ -30,15 +30,16 @@ one weight means the same for tasks of any scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import PhaseOptions, best_components, keep
+from autolora.strategies.pruning import PhaseOptions, best_components, even_components, keep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,6 +75,18 @@ class SelectorOptions(StrategyOptions):
     tau: float = Field(default=1.0, gt=0)
     init: float = 0.5
     spread: float = Field(default=4.0, ge=0)
+
+    @model_validator(mode="after")
+    def _begin_open(self) -> SelectorOptions:
+        lowest = {"straight_through": 0.5 if self.threshold is None else self.threshold, "hard_concrete": 1 / 12}
+        share = lowest.get(self.form, 0.0)  # of the logistic function's range
+        logit = math.log(share / (1 - share)) if share else -math.inf
+        if not self.init > logit:
+            raise ValueError(
+                f"init: expected more than {logit:.3g}, where a gate of form {self.form} is open as every component "
+                f"begins, got {self.init}: raise it{', or lower threshold' if self.form == 'straight_through' else ''}"
+            )
+        return self
 
 
 class SparsityOptions(StrategyOptions):
@@ -248,7 +261,10 @@ class AutoLoRA(Strategy[Options]):
             self.price = fixed_price
         else:  # where training has converged there is no noise left to go by, and on a simplex no push
             self.price_unit = torch.where(push > 0, heard / push, 0.0).median().clamp(min=fixed_price)
-        order = (self.squared_gradient / self.costs).argsort(stable=True)
+        even = torch.tensor(even_components(self.largest), device=self.costs.device).flip(
+            0
+        )  # for estimates that are equal
+        order = even[(self.squared_gradient / self.costs)[even].argsort(stable=True)]
         below = torch.empty_like(self.costs)
         below[order] = self.costs[order].cumsum(0) / self.costs.sum()
         selector = self.options.selector
@@ -258,11 +274,7 @@ class AutoLoRA(Strategy[Options]):
         self.phase = "prune"
 
     def _let_learn(self, logits: Tensor) -> None:
-        """Set the selectors and let them gate; B takes the inverse of a soft gate, so that the output does not jump.
-
-        Raises:
-            ConfigError: if a gate would begin at 0, which no B makes up for.
-        """
+        """Set the selectors and let them gate; B takes the inverse of a soft gate, so that the output does not jump."""
         import torch
 
         with torch.no_grad():
@@ -270,12 +282,6 @@ class AutoLoRA(Strategy[Options]):
             for (name, gate), part in zip(self.gates.items(), parts, strict=True):
                 gate.logits.copy_(part)
                 gate.learn()
-                if bool((gate.value() == 0).any()):
-                    selector = self.options.selector
-                    raise ConfigError(
-                        f"strategy.selector.init={selector.init}: a gate of form {selector.form} is 0 there; expected "
-                        "one that every component can begin with: raise it"
-                    )
                 self.adapters.layers[name].lora_B.div_(gate.value())
 
     def _move_price(self, step: int) -> None:
@@ -300,12 +306,13 @@ class AutoLoRA(Strategy[Options]):
         import torch
 
         mean = self.probability_sum / self.watched if self.watched else self._probability().detach()
-        thresholds = [torch.full_like(gate.logits, gate.threshold) for gate in self.gates.values()]
+        if self.phase != "prune":  # training has ended before anything was judged
+            mean = torch.ones_like(mean)
+        thresholds = [torch.full_like(gate.logits, gate.least_probability) for gate in self.gates.values()]
         kept = (mean > torch.cat([*thresholds, mean[:0]])).to(mean.dtype)
         if self.allowance is not None:
-            judged = self.phase == "prune"  # training may have ended before
-            bought = best_components(self.largest, mean if judged else torch.ones_like(mean), self.allowance)
-            kept = bought if self.options.sparsity.spend_all or not judged else kept * bought
+            bought = best_components(self.largest, mean, self.allowance)
+            kept = bought if self.options.sparsity.spend_all else kept * bought
         self.phase = "settle"
         keep(self.adapters, kept, optimizer)
 

@@ -30,7 +30,7 @@ class BilevelOptions(AutoLoRAOptions):
     """Options of :class:`AutoLoRABilevel`: those of autolora, and the hypergradient.
 
     ``order``: first: the weights as they are; second: after one gradient step. ``lookahead``: the length of that step,
-    by default the adapters' learning rate.
+    by default the adapters' learning rate at its highest, for all weights and steps.
     """
 
     order: Literal["first", "second"] = "first"

@@ -39,7 +39,12 @@ class AtPlan(Planned[NoOptions]):
 
     def plan(self) -> RankPlan:
         """The control."""
-        return control_plan(self.control, RankPlan(self.largest.sites, self.found), self.seed)
+        found = RankPlan(self.largest.sites, self.found)
+        capped = {
+            name for name, site in found.sites.items() if self.largest[name] != min(self.max_rank, site.full_rank)
+        }
+        highest = {name: max(self.largest[name], found[name]) for name in capped}
+        return control_plan(self.control, found, self.seed, highest)
 
     @property
     def notes(self) -> list[str]:
@@ -48,26 +53,29 @@ class AtPlan(Planned[NoOptions]):
         return [f"retrain={self.control} is the plan that was found: it is no control"] if same else []
 
 
-def control_plan(control: Control, found: RankPlan, seed: int) -> RankPlan:
+def control_plan(control: Control, found: RankPlan, seed: int, highest: Mapping[str, int]) -> RankPlan:
     """The plan of a control; all cost the same as ``found``, uniform ranks at most so much.
 
-    ``found`` is the plan itself. ``permuted`` hands the ranks out at random among modules of the same widths, and so
-    that something changes, where modules of the same widths differ.
+    ``found`` is the plan itself. ``permuted`` hands the ranks out at random among modules of the same widths and the
+    same highest rank, and so that something changes, where such modules differ.
     ``uniform`` is the same rank everywhere, the rest spread evenly over the depth.
 
     Args:
         control: which.
         found: what a strategy has selected.
         seed: of the permutation.
+        highest: ranks that single modules must not exceed, where they have less than all could have.
     """
     if control == "found":
         return found
     if control == "uniform":
-        highest = RankPlan.uniform(found.sites, max(site.full_rank for site in found.sites.values()))
-        return spend(even_order(highest), highest, found.params)
+        largest = RankPlan(found.sites, {name: site.full_rank for name, site in found.sites.items()} | dict(highest))
+        return spend(even_order(largest), largest, found.params)
     draw = random.Random(seed)
-    shapes = sorted({(site.cost, site.full_rank) for site in found.sites.values()})
-    groups = [[name for name, site in found.sites.items() if (site.cost, site.full_rank) == s] for s in shapes]
+    alike: dict[tuple[int, int, int | None], list[str]] = {}
+    for name, site in found.sites.items():
+        alike.setdefault((site.cost, site.full_rank, highest.get(name)), []).append(name)
+    groups = [names for _, names in sorted(alike.items(), key=lambda item: item[0][:2])]
     possible = any(len({found[name] for name in names}) > 1 for names in groups)
     while True:
         ranks = dict(found)

@@ -249,8 +249,8 @@ class DynamicGrowth(Strategy[Options]):
         """
         room = self._room()
         if left >= sum(room.sites[name].cost for name, waiting in room.items() if waiting):
-            least = max(self.scores.values()) * _LEAST_SHARE or 1.0  # everything is on offer in the end
-            return proportional_order({name: max(score, least) for name, score in self.scores.items()}, room)
+            least = max(self.scores.values(), default=0.0) * _LEAST_SHARE or 1.0  # everything is on offer in the end
+            return proportional_order({name: max(self.scores.get(name, 0.0), least) for name in room}, room)
         names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -self.scores[name])
         most = max(self.largest.values(), default=0)
         return [name for turn in range(most) for name in names if self.plan[name] + turn < self.largest[name]]

@@ -17,14 +17,14 @@ itself, and a scale s that does not depend on the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from autolora.errors import NonFiniteLossError
-from autolora.plan import RankPlan, rank_by_score, spend
+from autolora.plan import RankPlan, even_order, rank_by_score, spend
 from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class EVA(Strategy[Options]):
         from autolora.adapters import compact
 
         principal = self._principal(batches, loss_fn)
-        owners, worth = [], []
+        worth: dict[str, Iterator[float]] = {}
         for name, layer in self.adapters.layers.items():
             shares = [0.0] * layer.rank
             if name in principal:
@@ -64,9 +64,10 @@ class EVA(Strategy[Options]):
                 shares[:known] = principal[name].explained[:known].tolist()
                 with torch.no_grad():
                     layer.lora_A[:known] = principal[name].directions[:known].to(layer.lora_A)
-            owners += [name] * layer.rank
-            worth += [share / layer.site.cost for share in shares]
-        self.adapters.keep_first(spend(rank_by_score(owners, worth), self.largest, self.allowance))
+            worth[name] = iter([share / layer.site.cost for share in shares])
+        owners = even_order(self.largest)  # for shares that are equal, those of 0 most of all
+        bought = rank_by_score(owners, [next(worth[name]) for name in owners])
+        self.adapters.keep_first(spend(bought, self.largest, self.allowance))
         compact(self.adapters)
 
     def finalize(self, evaluate: Evaluate) -> RankPlan:

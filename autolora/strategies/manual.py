@@ -80,9 +80,11 @@ class Manual(Planned[Options]):
             raise DataError(f"{path}: the file has changed since it was chosen; give the command again")
         plan = RankPlan(sites, ranks_for(list(sites), data, path))
         if self.allowance is not None and plan.params > self.allowance:
+            room = plan.params <= self.largest.params
+            enough = f"budget.params={plan.params} (or more)" if room else f"max_rank={max(plan.values())}"
             raise PlanError(
                 f"{path}: the plan has {plan.params:,} parameters and the budget is {self.allowance:,}: use "
-                f"budget=none, budget.params={plan.params} (or more), or smaller ranks"
+                f"budget=none, {enough}, or smaller ranks"
             )
         return plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -43,18 +42,9 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
         1 for what was bought and 0 for the rest, in the shape, dtype and device of ``scores``, which the host reads in
         one go.
     """
-    first: dict[str, int] = {}
-    owners: list[str] = []
-    for name, rank in plan.items():
-        first[name] = len(owners)
-        owners += [name] * rank
-    seen: Counter[str] = Counter()
-    ranked = []
-    for name in even_order(plan):
-        ranked.append(first[name] + seen[name])
-        seen[name] += 1
+    owners = [name for name, rank in plan.items() for _ in range(rank)]
     values = scores.tolist()
-    ranked.sort(key=lambda i: -values[i])
+    ranked = sorted(even_components(plan), key=lambda i: -values[i])
     bought = dict(spend([owners[i] for i in ranked[:most]], plan, budget))
     mask = [0.0] * len(values)
     for i in ranked:
@@ -62,6 +52,13 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
             bought[owners[i]] -= 1
             mask[i] = 1.0
     return scores.new_tensor(mask)
+
+
+def even_components(plan: RankPlan) -> list[int]:
+    """All components in the order that keeps ranks even (:func:`autolora.plan.even_order`), by their positions."""
+    components = iter(range(plan.components))
+    of_module = {name: iter([next(components) for _ in range(rank)]) for name, rank in plan.items()}
+    return [next(of_module[name]) for name in even_order(plan)]
 
 
 def settle(adapters: Adapters, kept: Tensor, optimizer: Optimizer | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -243,6 +244,21 @@ def test_trainable_state_round_trip() -> None:
     assert not torch.allclose(output(model, batch), expected)
     adapters.load_trainable_state(state)
     assert torch.equal(output(model, batch), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_modules_without_components_load(bias: Literal["all", "lora_only"]) -> None:
+    model, batch = make("bert"), inputs_for("bert")
+    adapters = put(model, bias=bias)
+    train(model, batch)
+    first, *others = adapters.layers
+    adapters.fix_gates({name: torch.ones(adapters.layers[name].rank) for name in others})
+    compact(adapters)
+    assert first not in adapters.layers
+    expected, state = output(model, batch), adapters.trainable_state()
+    fresh = make("bert")
+    put(fresh, bias=bias).load_trainable_state(state)
+    assert torch.equal(output(fresh, batch), expected)
 
 
 def test_trainable_state_says_whether_selectors_learn_and_holds_buffers_of_the_head() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.optim import AdamW, Optimizer
 
 from autolora.adapters import Adapters, AdapterSettings
 from autolora.adapters.gates import SELECTOR_FORMS
-from autolora.errors import ConfigError
 from autolora.plan import Budget, RankPlan
 from autolora.strategies.autolora import AutoLoRA
 from autolora.strategies.base import Batch, GroupRates, Rates
@@ -69,10 +69,38 @@ def test_phases_scale_with_the_run(steps: int, listening: int) -> None:
     assert seen == ["warmup"] * (quarter - 1) + pruning + ["settle"] * (quarter + 1)
 
 
-def test_a_gate_that_would_begin_at_0_is_refused() -> None:
-    strategy = autolora(Budget(rank=1), selector={"form": "hard_concrete", "init": -3.0, "spread": 0.0})
-    with pytest.raises(ConfigError, match=r"strategy\.selector\.init=-3\.0: a gate of form hard_concrete is 0 there"):
-        run(strategy, pair_of(), 40)
+@pytest.mark.parametrize(
+    ("selector", "least"),
+    [
+        ({"form": "hard_concrete", "init": -2.4}, "-2.4"),  # log(1/11) = -2.398
+        ({"init": 0.0}, "0"),
+        ({"threshold": 0.7}, "0.847"),  # log(7/3)
+    ],
+)
+def test_a_gate_that_would_begin_closed_is_refused(selector: dict[str, Any], least: str) -> None:
+    with pytest.raises(ValueError, match=rf"init: expected more than {re.escape(least)}, where a gate of form"):
+        autolora(Budget(rank=1), selector=selector)
+
+
+def test_every_component_is_open_while_listening() -> None:
+    strategy = autolora(Budget(rank=1), selector={"threshold": 0.7, "init": 0.9})
+    adapters, optimizer = begun(strategy, pair_of())
+    strategy.after_step(25, optimizer)
+    assert strategy.phase == "listen"
+    adapters.model.train()
+    assert all(layer.gate().tolist() == [1.0] * 4 for layer in adapters.layers.values())
+
+
+def test_without_noise_to_go_by_selectors_begin_evenly() -> None:
+    """No gradient has been heard: the order is that of even ranks, and the first to close are the last of that."""
+    strategy = autolora(Budget(rank=1), selector={"init": 0.5, "spread": 4.0})
+    adapters, optimizer = begun(strategy, pair_of())
+    strategy.after_step(25, optimizer)
+    strategy.after_step(30, optimizer)
+    assert strategy.phase == "prune"
+    logits = {name: layer.gate.logits.tolist() for name, layer in adapters.layers.items()}
+    assert all(values == sorted(values, reverse=True) for values in logits.values())
+    assert min(values[0] for values in logits.values()) > max(values[1] for values in logits.values())
 
 
 @pytest.mark.parametrize(("warmup", "prune"), [(0.0, 0.5), (0.5, 0.5), (0.0, 1.0)])
@@ -314,12 +342,33 @@ def test_the_plan_goes_by_the_mean_over_the_last_fifth_of_pruning() -> None:
 
 def test_without_a_budget_the_plan_is_what_the_selectors_keep() -> None:
     strategy = autolora(Budget())
-    adapters, _ = begun(strategy, pair_of())
+    adapters, optimizer = begun(strategy, pair_of())
+    strategy.after_step(25, optimizer)
+    strategy.after_step(30, optimizer)
     set_logits(
         adapters, {"U0": [-1.0] * 4, "V0": [1.0, -1.0, 1.0, -1.0], "U1": [1.0] * 4, "V1": [-0.1, 0.1, -3.0, -3.0]}
     )
     assert strategy.finalize(lambda plan: 0.0) == {"U0": 0, "V0": 2, "U1": 4, "V1": 1}
     assert adapters.layers["V0"].gate.evaluation_gate().tolist() == [1, 0, 1, 0]
+
+
+def test_without_a_budget_training_that_ends_in_the_warm_up_keeps_everything() -> None:
+    strategy = autolora(Budget())
+    begun(strategy, pair_of())
+    assert strategy.finalize(lambda plan: 0.0) == strategy.largest
+
+
+@pytest.mark.parametrize("form", SELECTOR_FORMS)
+def test_without_a_budget_what_evaluation_keeps_is_kept(form: str) -> None:
+    """With hard_concrete a gate may be open more often than not and its value below the threshold: logits -1, -2."""
+    strategy = autolora(Budget(), selector={"form": form, "tau": 0.7})
+    adapters, optimizer = begun(strategy, pair_of())
+    strategy.after_step(25, optimizer)
+    strategy.after_step(30, optimizer)
+    set_logits(adapters, {name: [-1.0, -2.0, 1.0, -3.0] for name in adapters.layers})
+    before = adapters.active_plan()
+    assert set(before.values()) == {1}
+    assert strategy.finalize(lambda plan: 0.0) == before
 
 
 @pytest.mark.parametrize("budget", [Budget(rank=1.5), Budget()])

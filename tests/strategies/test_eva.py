@@ -233,3 +233,9 @@ def test_only_so_many_batches_are_taken() -> None:
 def test_a_model_that_is_broken_already_is_refused() -> None:
     with pytest.raises(NonFiniteLossError, match=r"the loss is nan before training has begun"):
         prepared(Branches([4]), [{"x": torch.full((3, 4), torch.nan)}], Budget())
+
+
+def test_where_rows_say_nothing_ranks_are_even() -> None:
+    """Two rows have one direction: the components after the first are worth nothing in either module."""
+    strategy = prepared(Branches([4, 4]), [{"x": torch.randn(2, 8)}], Budget(params=6 * 14))
+    assert list(strategy.finalize(lambda plan: 0.0).values()) == [3, 3]

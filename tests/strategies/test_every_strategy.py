@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from strategies.checks import assert_accumulation_of_2_is_one_double_batch
+from strategies.checks import assert_accumulation_of_2_is_one_double_batch, pair_of
+from strategies.checks import run as run_small
 from test_resume import Stopper, interrupted_run, outcome, stopper  # noqa: F401  fixture
 from test_run import configure, directory_of, sst2  # noqa: F401  fixtures
 from torch import Tensor, nn
 
-from autolora.adapters import compact
+from autolora.adapters import AdapterSettings, compact
 from autolora.compose import compose
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.paths import config_root
@@ -73,6 +74,17 @@ def test_accumulation_of_2_is_one_double_batch(name: str) -> None:
     assert_accumulation_of_2_is_one_double_batch(
         lambda: strategy_of(name, options, budget=Budget(rank=1.5), max_rank=4)
     )
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(rank=1.5), Budget(fraction=0.9)], ids=str)
+@pytest.mark.parametrize("name", sorted({*NAMES} - OUTSIDE - {"manual", "autolora_paper"}))
+def test_a_module_may_be_left_out_and_another_held_low(name: str, budget: Budget) -> None:
+    options = compose([f"strategy={name}", *SMALLER.get(name, ())]).strategy.options
+    strategy = strategy_of(name, options, budget=budget, max_rank=4)
+    plan = run_small(strategy, pair_of(), 24, settings=AdapterSettings(rank_pattern={"U0": 0, "V0": 1})).plan
+    assert plan["U0"] == 0
+    assert plan["V0"] <= 1
+    assert strategy.allowance is None or plan.params <= strategy.allowance
 
 
 def logits(problem: Problem, model: nn.Module) -> Tensor:

@@ -204,6 +204,14 @@ def test_a_plan_above_the_budget_says_both_numbers(tmp_path: Path) -> None:
         plan_of(path, Budget(params=127))
 
 
+@pytest.mark.filterwarnings("ignore:the budget of")
+def test_a_plan_above_the_largest_one_says_to_raise_max_rank(tmp_path: Path) -> None:
+    names = list(plan_of(write(tmp_path, {"bert.pooler.dense": 4})))
+    path = write(tmp_path, dict.fromkeys(names, 8))
+    with pytest.raises(PlanError, match=r"use budget=none, max_rank=8, or smaller ranks"):
+        plan_of(path, Budget(params=10**6))
+
+
 def test_a_pattern_that_is_none(tmp_path: Path) -> None:
     from autolora.errors import AutoLoRAError
 
