@@ -80,6 +80,7 @@ class Adapters:
         self.fully_trained = list(fully_trained)
         self.also_trained = list(also_trained)
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._truncations: dict[tuple[int, int, torch.device], FixedGate] = {}
         self._freeze()
         self._pristine = self._copy_of_what_training_changes()
         for layer in layers.values():
@@ -225,11 +226,18 @@ class Adapters:
         with self._unmerged():
             try:
                 for name, layer in self.layers.items():
-                    layer.gate = FixedGate(layer.rank, _first(layer, plan[name])).to(layer.lora_A.device)
+                    layer.gate = self._first_components(layer, plan[name])
                 yield
             finally:
                 for name, layer in self.layers.items():
                     layer.gate = gates[name]
+
+    def _first_components(self, layer: LoRALinear, rank: int) -> FixedGate:
+        """A gate that is open for the first components, made once for all modules of this size."""
+        key = layer.rank, rank, layer.lora_A.device
+        if key not in self._truncations:
+            self._truncations[key] = FixedGate(layer.rank, _first(layer, rank)).to(layer.lora_A.device)
+        return self._truncations[key]
 
     def _check(self, plan: RankPlan) -> None:
         lacking = [name for name, rank in plan.items() if rank > (self.layers[name].rank if name in self.layers else 0)]

@@ -1,18 +1,21 @@
 """``suite=strategies``: what each strategy spends on itself, beside the step that it is part of.
 
-Bookkeeping is everything that a strategy does in a step besides the model's own forward and backward pass and the
-optimizer: its penalty and that penalty's gradient, its look at the gradients, moving gates and prices, scoring,
-projection and compaction. It does not depend on the batch, so a short run on small batches tells it; its share is of a
-step of uniform LoRA of the same largest rank. A second measurement, on chains of small Linears, tells how it grows with
-the number of modules. Held-out batches that a strategy learns from are learning, and are not counted.
+Bookkeeping is everything that a strategy does in a step besides losses, their gradients and the optimizer of the
+weights: its penalty and that penalty's gradient, its look at the gradients, moving gates and prices, drawing plans and
+switching to them, scoring, projection and compaction. It does not depend on the batch, so a short run on small batches
+tells it; its share is of a step of uniform LoRA of the same largest rank. A second measurement, on chains of small
+Linears, tells how it grows with the number of modules. More losses in a step (of held-out batches, of several plans)
+are learning, and are not counted: ``compute.passes`` of a result has them.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from autolora.bench.report import Row
 from autolora.bench.settings import StrategiesSettings
 from autolora.bench.steps import CLOCKS
 from autolora.parts import adapter_settings, optimization
-from autolora.strategies.base import Batch, Strategy
+from autolora.strategies.base import Batch, LossFn, Strategy
 from autolora.training.optimizer import make_optimizer
 
 _SMALL = (4, 8)  # rows and tokens: what strategies do for themselves does not depend on them
@@ -134,24 +137,65 @@ def seconds_per_step(name: str, learner: Learner, settings: StrategiesSettings) 
     rates = optimization(run_config(name))
     optimizer = make_optimizer(strategy.param_groups(rates["rates"], steps), betas=rates["betas"], eps=rates["eps"])
     strategy.begin(steps, optimizer)
-    spent = [_bookkeeping(strategy, model, learner, optimizer, step, clock) for step in range(1, steps + 1)]
+    with _watched(learner.loss, clock) as losses:
+        spent = [_bookkeeping(strategy, model, learner, losses, optimizer, step) for step in range(1, steps + 1)]
     return sum(spent) / steps
 
 
+class _Losses:
+    """A loss, with the time that it and its gradients take."""
+
+    def __init__(self, loss: LossFn, clock: Callable[[], float]) -> None:
+        self.function, self.clock = loss, clock
+        self.seconds = 0.0
+        self.given: list[Tensor] = []
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss."""
+        self.given.append(self.timed(self.function, model, batch))
+        return self.given[-1]
+
+    def timed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function in time that is not bookkeeping."""
+        started = self.clock()
+        result = function(*args, **kwargs)
+        self.seconds += self.clock() - started
+        return result
+
+
+@contextmanager
+def _watched(loss: LossFn, clock: Callable[[], float]) -> Iterator[_Losses]:
+    """Inside this context gradients of what the loss has given are its own time."""
+    losses, grad, backward = _Losses(loss, clock), torch.autograd.grad, Tensor.backward
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(outputs is one for one in losses.given):
+                return losses.timed(function, outputs, *args, **kwargs)
+            return function(outputs, *args, **kwargs)
+
+        return call
+
+    with patch.object(torch.autograd, "grad", of(grad)), patch.object(Tensor, "backward", of(backward)):
+        yield losses
+
+
 def _bookkeeping(
-    strategy: Strategy[Any], model: nn.Module, learner: Learner, optimizer: Any, step: int, clock: Callable[[], float]
+    strategy: Strategy[Any], model: nn.Module, learner: Learner, losses: _Losses, optimizer: Any, step: int
 ) -> float:
     """One step; gives the seconds that the strategy took for itself."""
-    batch = learner.batch()
-    if strategy.wants_heldout:
-        strategy.heldout_step(batch, learner.batch(), learner.loss)
+    clock = losses.clock
+    losses.seconds, losses.given = 0.0, []
+    batch, heldout = learner.batch(), learner.batch()
     optimizer.zero_grad()
-    loss = strategy.training_loss(model, batch, learner.loss)
     started = clock()
+    if strategy.wants_heldout:
+        strategy.heldout_step(batch, heldout, losses)
+    loss = strategy.training_loss(model, batch, losses)
     penalty = strategy.penalty(loss)
     if penalty is not None and penalty.requires_grad:
         penalty.backward()
-    spent = clock() - started
+    spent = clock() - started - losses.seconds
     loss.backward()
     started = clock()
     strategy.after_backward()
