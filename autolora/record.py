@@ -80,8 +80,13 @@ class Run:
 
     @property
     def passes(self) -> int:
-        """Batches that went through the model in the training that is under way."""
-        return self.module.passes if self.module else 0
+        """Batches that went through the model in the training that is under way, over all processes."""
+        return self.module.passes * self.module.processes if self.module else 0
+
+    @property
+    def examples(self) -> int:
+        """Rows that the training that is under way has read, over all processes."""
+        return self.module.examples_seen * self.module.processes if self.module else 0
 
     @property
     def compute(self) -> Compute:
@@ -89,7 +94,8 @@ class Run:
         if self.selection is None:
             return Compute(fit_steps=self.steps, passes=self.passes, plans_measured=self.plans_measured)
         before = self.selection.compute
-        return before.model_copy(update={"retrain_steps": self.steps, "passes": before.passes + self.passes})
+        passes = None if before.passes is None else before.passes + self.passes
+        return before.model_copy(update={"retrain_steps": self.steps, "passes": passes})
 
     @property
     def peak_trainable(self) -> int:
@@ -179,7 +185,7 @@ def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | Non
         metrics=scores.all,
         notes=run.strategy.notes if run.strategy else (),
         compute=run.compute,
-        examples=run.module.examples_seen if run.module else 0,
+        examples=run.examples,
         peak_trainable=run.peak_trainable,
         seconds=run.clock.so_far(),
         logger=logger,
@@ -222,10 +228,8 @@ def facts(run: Run) -> dict[str, Any]:
     adapters = getattr(run.strategy, "adapters", None)  # not before they are attached
     count = adapters.count() if adapters else dict.fromkeys(("adapter", "added", "own", "head", "gate", "total"), 0)
     seconds = Seconds(**run.clock.so_far())
-    examples = run.module.examples_seen if run.module else 0
     compute = run.compute
-    if run.selection is not None:
-        examples += run.selection.examples
+    examples = run.examples + (run.selection.examples if run.selection else 0)
     return {
         "task": problem.name,
         "data_source": problem.data_source,

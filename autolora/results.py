@@ -89,12 +89,13 @@ class Seconds(_Record):
 class Compute(_Record):
     """What a run took besides seconds: optimizer steps before selection and after it, batches that went through the
     model for the sake of both (several a step where a strategy trains several plans, scores, or learns from held-out
-    rows), and plans that were measured on the held-out slice, each once, however often a search came back to it.
+    rows; ``None`` in results of versions that did not count them), and plans that were measured on the held-out slice,
+    each once, however often a search came back to it.
     """
 
     fit_steps: int = 0
     retrain_steps: int = 0
-    passes: int = 0
+    passes: int | None = None
     plans_measured: int = 0
 
 
@@ -366,9 +367,12 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbon
     """sha256 of what decides the outcome of a run: its configuration, and the data and weights it was resolved to.
 
     Where runs go and how they are logged takes no part; nor do the ways to the data (``data.source``, ``data.dir``,
-    ``data.cache_dir``) and to the weights (``backbone.path``), since the fingerprints say what they are.
+    ``data.cache_dir``), to the weights (``backbone.path``) and to a plan (``strategy.path``), since the fingerprints
+    say what they are.
     """
     tree = cfg.model_dump(mode="json")
+    if tree["strategy"].get("fingerprint"):
+        del tree["strategy"]["path"]
     for key in _NOT_IDENTITY:
         *parents, last = key.split(".")
         node = tree

@@ -66,15 +66,16 @@ def outcome(cfg: RunConfig) -> dict[str, Any]:
     (path,) = [path for path in cfg.run_root.iterdir() if path.is_dir()]
     directory = RunDirectory(path)
     result = json.loads(directory.result.read_text())
-    history = [
-        {key: value for key, value in row.items() if key != "seconds"}
-        for row in csv.DictReader(directory.history.open())
+    histories = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file.open())]
+        for file in (directory.history, directory.retrain_history)
+        if file.exists()
     ]
     return {
         "result": {key: value for key, value in result.items() if key not in VARYING},
         "ranks": directory.ranks.read_text(),
         "predictions": directory.predictions.read_text(),
-        "history": history,
+        "histories": histories,
         "adapter": {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*.safetensors")},
     }
 
@@ -303,6 +304,7 @@ def test_two_processes_are_stopped_and_go_on_together(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert ("resuming at step" in out) == (folder == root)
+    assert directory_in(whole).read_result().compute.passes == 2 * 1500
     cfg = planted(tmp_path, *steps, f"run_root={root}")
     assert outcome(cfg) == outcome(cfg.model_copy(update={"run_root": whole}))
 

@@ -42,13 +42,14 @@ class SearchOptions(StrategyOptions):
 
     ``evaluations``: how many plans are measured, the uniform one included. ``objective``: what is measured, the
     primary metric or the (negative) loss; ``heldout_rows``: on how many rows of the held-out slice, the same for all
-    plans, ``None`` for every row. ``price``: what the parameters of the largest plan cost, in units of the objective.
-    ``min_rank`` and ``step``: of the grid of ranks. ``random_plans``: n of the sandwich rule.
+    plans, ``None`` for every row, and at least 3, since any two correlate. ``price``: what the parameters of the
+    largest plan cost, in units of the objective. ``min_rank`` and ``step``: of the grid of ranks. ``random_plans``: n
+    of the sandwich rule.
     """
 
     evaluations: int = Field(default=200, ge=1)
     objective: Literal["loss", "metric"] = "loss"
-    heldout_rows: int | None = Field(default=256, ge=1)
+    heldout_rows: int | None = Field(default=256, ge=3)
     price: float = Field(default=0.01, ge=0)
     min_rank: int = Field(default=0, ge=0)
     step: int = Field(default=1, ge=1)
@@ -175,7 +176,9 @@ class SuperNet(Strategy[SearchT]):
                 f"the score of {found.undefined} of these plans was undefined (constant predictions or labels)"
             )
         if drawn is not None:
-            verdict = "beat" if found.worth(found.best) > drawn.worth(drawn.best) else "did not beat"
+            higher = found.scores[found.best] > drawn.scores[drawn.best]
+            beat = higher and found.worth(found.best) > drawn.worth(drawn.best)
+            verdict = "beat" if beat else "did not beat"
             notes.append(
                 f"{len(drawn.scores)} random plans: {said(drawn, drawn.best)} for the best; the search {verdict} them"
             )

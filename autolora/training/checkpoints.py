@@ -37,14 +37,14 @@ from autolora.signals import Interrupted, Signals
 from autolora.training.module import AdapterModule
 
 KEPT = 2
-FORMAT = 1
+FORMAT = 2
 _OURS = "autolora"
 _OUR_KEYS = {
     "run", "step", "total_steps", "finished", "should_stop", "position", "random", "seconds", "logger",
 }  # fmt: skip
 _KEYS = {
     _OURS, "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "trainable", "strategy",
-    "steps_done", "examples_seen", "heldout_taken",
+    "steps_done", "examples_seen", "heldout_taken", "passes", "peak_trainable",
 }  # fmt: skip
 _SUFFIX = ".ckpt"
 _DAMAGED = ".damaged"

@@ -76,8 +76,9 @@ class AdapterModule(pl.LightningModule):
         self.strict_loading = False  # checkpoints hold what training changes, which is loaded here
         self.steps_done = self.total_steps = 0
         self.peak_trainable = 0  # parameters; strategies only take away once they have begun
-        self.examples_seen = 0
-        self.passes = 0  # of batches through the model
+        self.processes = 1
+        self.examples_seen = 0  # by this process
+        self.passes = 0  # of batches through the model, in this process
         self.last_loss: Tensor | None = None
         self.last_good: tuple[int, dict[str, Tensor]] = (0, strategy.adapters.trainable_state())
         self._heldout: Iterator[Batch] | None = None
@@ -88,6 +89,7 @@ class AdapterModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the strategy's parameter groups, with a schedule by step for all groups that are not constant."""
         self.total_steps = total = int(self.trainer.estimated_stepping_batches)
+        self.processes = self.trainer.world_size
         optimizer = self._optimizer()
         self.strategy.begin(total, optimizer)
         self.peak_trainable = self.strategy.trainable

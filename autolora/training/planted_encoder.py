@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autolora.adapters import AdapterSettings, find_sites
+from autolora.adapters.attach import stream
 from autolora.errors import ConfigError
 from autolora.plan import Budget, RankPlan, Site
 from autolora.strategies.base import Batch
@@ -36,7 +37,8 @@ class Planting:
         ranks: one for each Linear of the encoder, in model order.
         singular_value: the largest one of a dW, as a share of the largest one of its W.
         profile: ``equal`` or ``decaying`` (:func:`autolora.tasks.planted.plant`).
-        noise: standard deviation of gaussian noise on the targets in training, as a share of theirs.
+        noise: standard deviation of gaussian noise on the targets in training, as a share of theirs; every row has
+            its own, which does not change.
         seed: of ranks and updates.
     """
 
@@ -102,8 +104,13 @@ class PlantedEncoder(TextProblem):
         targets = self.labels(batch)
         if self.planting.noise:
             real = targets != 0
-            targets = targets + self.planting.noise * targets[real].std() * torch.randn_like(targets) * real
+            targets = targets + self.planting.noise * targets[real].std() * self._noise(batch, targets) * real
         return self.criterion(self.forward(model, batch), targets)
+
+    def _noise(self, batch: Batch, targets: Tensor) -> Tensor:
+        """Standard normal, in the shape of the targets: of a row the same whenever and by whom it is read."""
+        streams = [stream(self.planting.seed, f"noise of row {row}") for row in batch["index"].tolist()]
+        return torch.stack([torch.randn(targets.shape[1], generator=generator) for generator in streams]).to(targets)
 
     def criterion(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error over what is not padding."""

@@ -16,6 +16,7 @@ from autolora.adapters import Adapters, AdapterSettings
 from autolora.errors import ConfigError, PlanError
 from autolora.plan import Budget, RankPlan, even_order, spend
 from autolora.search.evolution import Evolution
+from autolora.search.measure import Measurements
 from autolora.search.random_search import RandomSearch
 from autolora.search.rl_search import RLSearch
 from autolora.search.supernet import SuperNet
@@ -274,6 +275,30 @@ def test_a_search_is_compared_with_random_plans_in_plain_words() -> None:
     assert ahead.notes[1].startswith("9 random plans: 1 at ")
     assert ahead.notes[1].endswith("the search beat them")
     assert ahead.notes[0].endswith("parameters for uniform ranks")
+
+
+def test_a_cheaper_plan_at_a_lower_score_has_not_beaten_random_plans() -> None:
+    """Random plans spend the budget; a plan that does not is worth more at this price, and scores less."""
+
+    class Frugal(Evolution):
+        def search(self, measured: Measurements) -> None:
+            measured(self.space.smallest())
+
+    def evaluate(plan: RankPlan) -> float:
+        return 0.001 * plan.params
+
+    strategy = attached(planted(), Frugal, evaluations=9, objective="metric", price=5, against_random=True)
+    found = strategy.finalize(evaluate)
+    assert found == strategy.space.plan(strategy.space.smallest())
+    assert strategy.measured.worth(strategy.measured.best) > strategy.at_random.worth(strategy.at_random.best)
+    assert strategy.notes[0].endswith("the search did not beat them")
+    assert strategy.notes[1].endswith("the search did not beat them")
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_two_rows_are_too_few_to_measure_on(rows: int) -> None:
+    with pytest.raises(ValueError, match="heldout_rows"):
+        make(heldout_rows=rows)
 
 
 def test_the_objective_is_what_the_run_is_asked_to_measure() -> None:

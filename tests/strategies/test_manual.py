@@ -17,6 +17,7 @@ from autolora.adapters.peft_format import save_peft
 from autolora.compose import compose
 from autolora.errors import ConfigError, DataError, PlanError
 from autolora.plan import Budget, RankPlan
+from autolora.results import config_hash
 from autolora.run import run_one
 from autolora.strategies.manual import Manual
 from autolora.validate import require
@@ -114,6 +115,15 @@ def test_another_content_is_another_run(tmp_path: Path) -> None:
     assert configured(write(tmp_path, {"U0": 1})) == first
     second = configured(write(tmp_path, {"U0": 2}))
     assert first.strategy.options.fingerprint != second.strategy.options.fingerprint
+
+
+def test_where_the_file_lies_does_not_matter(tmp_path: Path) -> None:
+    path, other = write(tmp_path, {"U0": 1}), tmp_path / "copy.json"
+    other.write_bytes(path.read_bytes())
+    one, same = (config_hash(configured(file), "generated", "f", "w") for file in (path, other))
+    assert one == same
+    other.write_text('{"U0": 2}')
+    assert config_hash(configured(other), "generated", "f", "w") != one
 
 
 def test_a_written_configuration_is_read_without_the_file_and_refuses_another(tmp_path: Path) -> None:
