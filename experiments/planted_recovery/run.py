@@ -1,8 +1,8 @@
 """Which strategies find planted ranks, and where they stop: ``python experiments/planted_recovery/run.py``.
 
-``--regimes encoder --overrides data.source=local data.dir=DIR`` asks the same of a pretrained encoder. Every cell of
-the study (regime, ranks, seed, method) is one row of ``results.csv``, written as soon as it is there. Cells that have a
-row are not run again.
+``--regimes encoder --data-dir DIR`` asks the same of a pretrained encoder. Every cell of the study (regime, ranks,
+seed, method, learning rate, steps) is one row of ``results.csv``, written as soon as it is there. Cells that have a row
+are not run again.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ COLUMNS = [
     "excess_error", "params", "true_params", "told_params", "steps", "plans_measured", "seconds",
 ]  # fmt: skip
 
-Cell = tuple[str, str, int, str, float]
+Cell = tuple[str, str, int, str, float, int]
 
 
 def cells(seeds: range) -> Iterator[tuple[str, str, int, str]]:
@@ -121,9 +121,9 @@ def cells(seeds: range) -> Iterator[tuple[str, str, int, str]]:
         yield from ((ENCODER, DRAWN, seed, method) for method in IN_ENCODER)
 
 
-def run_cell(cell: Cell, overrides: Sequence[str] = (), steps: int | None = None) -> dict[str, object]:
-    name, total, seed, method, lr = cell
-    regime = REGIMES.get(name, ON_ENCODER)
+def run_cell(cell: Cell, data: Sequence[str] = ()) -> dict[str, object]:
+    name, total, seed, method, lr, steps = cell
+    regime = regime_of(name)
     from autolora.compose import compose
     from autolora.errors import NonFiniteLossError
     from autolora.parts import make_problem
@@ -134,8 +134,8 @@ def run_cell(cell: Cell, overrides: Sequence[str] = (), steps: int | None = None
     planted = ["task=planted_encoder"] if name == ENCODER else ["task=planted", f"task.ranks={PROFILES[total]}"]
     folder = Path(tempfile.mkdtemp(prefix="planted_recovery_"))
     common = [
-        *planted, f"seed={seed}", f"trainer.max_steps={steps or regime.steps}", "logger=csv", f"optim.adapter.lr={lr}",
-        f"run_root={folder}", "trainer.enable_progress_bar=false", *regime.overrides, *overrides,
+        *planted, f"seed={seed}", f"trainer.max_steps={steps}", "logger=csv", f"optim.adapter.lr={lr}",
+        f"run_root={folder}", "trainer.enable_progress_bar=false", *regime.overrides, *data,
     ]  # fmt: skip
     problem = make_problem(compose(common))
     problem.build()
@@ -170,7 +170,7 @@ def run_cell(cell: Cell, overrides: Sequence[str] = (), steps: int | None = None
         "params": found.params,
         "true_params": true.params,
         "told_params": told,
-        "steps": cfg.trainer.max_steps,
+        "steps": steps,
         "plans_measured": plans,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -184,7 +184,11 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def cell_of(row: dict[str, str]) -> Cell:
-    return row["regime"], row["total"], int(row["seed"]), row["method"], float(row["lr"])
+    return row["regime"], row["total"], int(row["seed"]), row["method"], float(row["lr"]), int(row["steps"])
+
+
+def regime_of(name: str) -> Regime:
+    return REGIMES.get(name, ON_ENCODER)
 
 
 def main() -> None:
@@ -196,16 +200,19 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="*", default=[*REGIMES])
     parser.add_argument("--totals", nargs="*", default=[*PROFILES, DRAWN])
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--overrides", nargs="*", default=[], help="of the command line, for every cell")
+    parser.add_argument("--data-dir", type=Path, help="GLUE's files, for the encoder")
     parser.add_argument("--steps", type=int, help="in place of those of the regime")
     parser.add_argument("--rates", nargs="*", type=float, help="learning rates to try, in place of the chosen ones")
     arguments = parser.parse_args()
+    if ENCODER in arguments.regimes and arguments.data_dir is None:
+        parser.error("the encoder reads CoLA's sentences: expected --data-dir with GLUE's files")
+    data = [] if arguments.data_dir is None else ["data.source=local", f"data.dir={arguments.data_dir}"]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that work
 
     done = {cell_of(row) for row in rows_of(arguments.out)}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     wanted = [
-        (regime, total, seed, method, lr)
+        (regime, total, seed, method, lr, arguments.steps or regime_of(regime).steps)
         for regime, total, seed, method in cells(seeds)
         if regime in arguments.regimes and total in arguments.totals and method in arguments.methods
         for lr in arguments.rates or [(ENCODER_RATES if regime == ENCODER else RATES).get(method, RATE)]
@@ -219,7 +226,7 @@ def main() -> None:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         if not done:
             writer.writeheader()
-        jobs = {pool.submit(run_cell, cell, arguments.overrides, arguments.steps): cell for cell in left}
+        jobs = {pool.submit(run_cell, cell, data): cell for cell in left}
         try:
             for number, job in enumerate(as_completed(jobs), 1):
                 row = job.result()
