@@ -153,6 +153,7 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
         tokens: the rows.
         labels: one for each row.
         pad_id: token that rows are filled up with, on the right.
+        max_length: no row is longer; for those who have to know before they have read all rows.
         regression: labels are float32 instead of int64.
         pad_type: segment of padding.
     """
@@ -163,13 +164,14 @@ class TokenBatches(Dataset[dict[str, Tensor]]):
         labels: Sequence[float],
         *,
         pad_id: int,
+        max_length: int,
         regression: bool = False,
         pad_type: int = 0,
     ) -> None:
         assert len(tokens) == len(labels)
         self.tokens = tokens
         self.labels = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)
-        self.pad_id, self.pad_type = pad_id, pad_type
+        self.pad_id, self.pad_type, self.max_length = pad_id, pad_type, max_length
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -156,6 +156,7 @@ class TextDataModule(Batches):
             self.tokens(name),
             self.splits[name].labels,
             pad_id=pad_id,
+            max_length=self.max_length,
             regression=self.regression,
             pad_type=self.tokenizer.pad_token_type_id,
         )

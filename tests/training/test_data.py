@@ -272,7 +272,7 @@ def test_scores_are_floats(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_segments_are_left_out_where_the_tokenizer_has_none(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenize(make_split(5), tokenizer, 32)
     bare = batches_module.Tokens(tokens.ids, tokens.offsets, None, 0)
-    batch = TokenBatches(bare, [0] * 5, pad_id=0)[[3, 1]]
+    batch = TokenBatches(bare, [0] * 5, pad_id=0, max_length=32)[[3, 1]]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
 
 
