@@ -136,7 +136,7 @@ class Adapters:
     def _cut_down_to(self, state: Mapping[str, Tensor]) -> None:
         """Fewer components where the state has fewer; a state that knows other modules is left to be refused."""
         known = {key.removesuffix(".lora_A"): len(tensor) for key, tensor in state.items() if key.endswith(".lora_A")}
-        gone = [name for name in self.layers if name not in known]
+        gone = dict.fromkeys(name for name in self.layers if name not in known)
         names = {f"{name}.gate.mask" for name in self.layers}
         for key in self.model.state_dict():
             owner, inner, own = key.partition(".base_layer.")

@@ -40,10 +40,8 @@ class AtPlan(Planned[NoOptions]):
     def plan(self) -> RankPlan:
         """The control."""
         found = RankPlan(self.largest.sites, self.found)
-        capped = {
-            name for name, site in found.sites.items() if self.largest[name] != min(self.max_rank, site.full_rank)
-        }
-        highest = {name: max(self.largest[name], found[name]) for name in capped}
+        usual = RankPlan.uniform(found.sites, self.max_rank)
+        highest = {name: max(rank, found[name]) for name, rank in self.largest.items() if rank != usual[name]}
         return control_plan(self.control, found, self.seed, highest)
 
     @property

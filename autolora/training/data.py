@@ -13,13 +13,7 @@ from torch.utils.data import DataLoader
 from autolora.errors import DataError
 from autolora.signals import held_back, leave_to_parent
 from autolora.tasks.records import Split
-from autolora.training.batches import (
-    BucketSampler,
-    TokenBatches,
-    Tokens,
-    batches_by_length,
-    tokenize_cached,
-)
+from autolora.training.batches import BucketSampler, TokenBatches, Tokens, batches_by_length, tokenize_cached
 from autolora.training.problem import Batches, spread
 
 if TYPE_CHECKING:
