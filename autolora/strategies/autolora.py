@@ -261,9 +261,8 @@ class AutoLoRA(Strategy[Options]):
             self.price = fixed_price
         else:  # where training has converged there is no noise left to go by, and on a simplex no push
             self.price_unit = torch.where(push > 0, heard / push, 0.0).median().clamp(min=fixed_price)
-        even = torch.tensor(even_components(self.largest), device=self.costs.device).flip(
-            0
-        )  # for estimates that are equal
+        # Estimates may be equal: the last components of even ranks are then the first to close.
+        even = torch.tensor(even_components(self.largest)[::-1], dtype=torch.long, device=self.costs.device)
         order = even[(self.squared_gradient / self.costs)[even].argsort(stable=True)]
         below = torch.empty_like(self.costs)
         below[order] = self.costs[order].cumsum(0) / self.costs.sum()
