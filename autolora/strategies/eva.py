@@ -17,15 +17,16 @@ itself, and a scale s that does not depend on the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from autolora.errors import NonFiniteLossError
-from autolora.plan import RankPlan, even_order, rank_by_score, spend
+from autolora.plan import RankPlan
 from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
+from autolora.strategies.pruning import best_components, keep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,18 +57,16 @@ class EVA(Strategy[Options]):
         from autolora.adapters import compact
 
         principal = self._principal(batches, loss_fn)
-        worth: dict[str, Iterator[float]] = {}
+        worth = []
         for name, layer in self.adapters.layers.items():
-            shares = [0.0] * layer.rank
+            shares = torch.zeros(layer.rank, dtype=torch.double)
             if name in principal:
                 known = min(int((principal[name].values > 0).sum()), layer.rank)  # more directions than rows saw stay
-                shares[:known] = principal[name].explained[:known].tolist()
+                shares[:known] = principal[name].explained[:known]
                 with torch.no_grad():
                     layer.lora_A[:known] = principal[name].directions[:known].to(layer.lora_A)
-            worth[name] = iter([share / layer.site.cost for share in shares])
-        owners = even_order(self.largest)  # for shares that are equal, those of 0 most of all
-        bought = rank_by_score(owners, [next(worth[name]) for name in owners])
-        self.adapters.keep_first(spend(bought, self.largest, self.allowance))
+            worth.append(shares / layer.site.cost)
+        keep(self.adapters, best_components(self.largest, torch.cat(worth), self.allowance), optimizer=None)
         compact(self.adapters)
 
     def finalize(self, evaluate: Evaluate) -> RankPlan:

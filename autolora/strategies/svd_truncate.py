@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from autolora.plan import RankPlan, rank_by_score, spend
+from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Strategy, StrategyOptions, reset_optimizer_state
+from autolora.strategies.pruning import best_components, keep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,28 +62,19 @@ class SVDTruncate(Strategy[Options]):
     def _truncate(self, optimizer: Optimizer | None = None) -> None:
         """Make components canonical and keep the most valuable that the budget pays for.
 
-        Where training goes on, the others are removed with their optimizer state. Several processes have agreed on the
-        shapes of their gradients, and go on with masks; so does a model with nothing left, since a loss needs something
-        that it depends on.
+        Where training goes on, the others are removed (:func:`~autolora.strategies.pruning.keep`), and what stays
+        begins with fresh optimizer state.
         """
         import torch
 
-        from autolora.adapters import canonicalize, compact
+        from autolora.adapters import canonicalize
 
-        owners, values = [], []
-        for name, layer in self.adapters.layers.items():
-            worth = (canonicalize(layer) * layer.scale).detach().square() / layer.site.cost
-            owners += [name] * layer.rank
-            values += worth.tolist()
-        plan = spend(rank_by_score(owners, values), self.largest, self.allowance)
-        self.adapters.keep_first(plan)
+        layers = self.adapters.layers.values()
+        worth = [(canonicalize(layer) * layer.scale).detach().square() / layer.site.cost for layer in layers]
+        keep(self.adapters, best_components(self.adapters.attached_plan(), torch.cat(worth), self.allowance), optimizer)
         self.truncated = True
-        if optimizer is None:
-            return
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not several and plan.components:
-            compact(self.adapters, optimizer)
-        reset_optimizer_state(optimizer, self.adapters.adapter_parameters())
+        if optimizer is not None:
+            reset_optimizer_state(optimizer, self.adapters.adapter_parameters())
 
     @property
     def settled(self) -> bool:
