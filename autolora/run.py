@@ -238,7 +238,7 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
         run.plans_measured += 1
         if not rows:
             rows.extend(read(problem, problem.model, "heldout", strategy.scored_rows))
-        with strategy.adapters.masked(plan):
+        with strategy.adapters.masked(plan), strategy.adapters.merged():
             outputs = evaluate(problem, problem.model, "heldout", rows)
         if strategy.scored_by == "loss":
             return -float(problem.criterion(outputs.logits, outputs.labels))

@@ -257,6 +257,21 @@ class Adapters:
             layer.unmerge()
 
     @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside this context a forward pass is that of the bare model: updates are part of the weights.
+
+        Only of weights of at least the precision of A and B, in which nothing but a rounding of the sum is lost.
+        """
+        merged = [layer for layer in self.layers.values() if not layer.merged and layer.merges_precisely]
+        for layer in merged:
+            layer.merge()
+        try:
+            yield
+        finally:
+            for layer in merged:
+                layer.unmerge()
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside this context the adapters contribute nothing, merged ones included."""
         before = {layer: layer.enabled for layer in self.layers.values()}

@@ -244,8 +244,8 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return
-        weight = self.base_layer._parameters.get("weight")
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        weight = self._own_matrix()
+        if weight is None:
             raise TargetError(
                 f"merge: expected a floating-point weight matrix, got {type(self.base_layer).__name__} without one; "
                 "keep the adapter unmerged on this backbone"
@@ -255,6 +255,16 @@ class LoRALinear(nn.Module):
         # A new parameter, so that a weight tied to another module (an embedding, say) keeps its value there.
         self._original_weight.append(weight)
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+
+    @property
+    def merges_precisely(self) -> bool:
+        """Whether the base has a weight matrix of its own, in a dtype that holds all values of that of A and B."""
+        weight = self._own_matrix()
+        return weight is not None and torch.promote_types(weight.dtype, self.lora_A.dtype) == weight.dtype
+
+    def _own_matrix(self) -> nn.Parameter | None:
+        weight = self.base_layer._parameters.get("weight")
+        return weight if weight is not None and weight.dim() == 2 and weight.is_floating_point() else None
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""

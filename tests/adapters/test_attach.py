@@ -355,6 +355,36 @@ def test_masked_uses_the_first_components(trained: tuple[nn.Module, Adapters, di
     assert all(layer.gate is gates[name] for name, layer in adapters.layers.items())
 
 
+def test_a_merged_plan_is_the_plan_in_one_forward_pass_of_the_bare_model(
+    trained: tuple[nn.Module, Adapters, dict[str, Tensor]],
+) -> None:
+    model, adapters, batch = trained
+    weights = {name: layer.weight for name, layer in adapters.layers.items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    expected = output(model, batch)
+    already = next(iter(adapters.layers.values()))
+    with adapters.masked(RankPlan(adapters.sites, {name: i % 5 for i, name in enumerate(adapters.layers)})):
+        of_plan = output(model, batch)
+        already.merge()
+        with adapters.merged():
+            assert all(layer.merged for layer in adapters.layers.values())
+            torch.testing.assert_close(output(model, batch), of_plan)
+        assert [layer.merged for layer in adapters.layers.values()].count(True) == 1
+        already.unmerge()
+    assert torch.equal(output(model, batch), expected)
+    assert all(layer.weight is weights[name] for name, layer in adapters.layers.items())
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+def test_a_coarser_weight_is_not_merged_for_a_pass(trained: tuple[nn.Module, Adapters, dict[str, Tensor]]) -> None:
+    """bf16 has 8 bits: an update below a 512th of a weight would be lost in it."""
+    _, adapters, _ = trained
+    coarse = next(iter(adapters.layers.values()))
+    coarse.base_layer.bfloat16()
+    with adapters.merged():
+        assert [layer for layer in adapters.layers.values() if not layer.merged] == [coarse]
+
+
 def test_masked_refuses_more_than_there_is(trained: tuple[nn.Module, Adapters, dict[str, Tensor]]) -> None:
     _, adapters, _ = trained
     first = next(iter(adapters.layers))
