@@ -31,7 +31,7 @@ from yaml import YAMLError, safe_load
 from autolora.config import RunConfig
 from autolora.errors import ConfigError
 from autolora.paths import config_root
-from autolora.validate import nearest, validate
+from autolora.validate import is_strategy, nearest, validate
 
 VERSION_BASE = "1.3"
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -214,6 +214,11 @@ class _Composer:
         for value in values:
             if value in choices:
                 good.append(f"{plus}{key}={value}")
+            elif key == "strategy" and is_strategy(value):
+                faults.append(
+                    f"strategy={value}: its module is there, its defaults are not: write conf/strategy/{value}.yaml "
+                    f"with 'name: {value}' and its options, or give the folder of your own with --config-dir"
+                )
             else:
                 close = nearest(value, choices)
                 hint = f"; did you mean {close!r}?" if close else ""

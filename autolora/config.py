@@ -272,7 +272,7 @@ class BudgetConfig(Section):
         if given and not self.enabled:
             yield Conflict(
                 ("budget.enabled", *given),
-                f"{written}: there is no budget with budget=none (which some strategies set): keep one",
+                f"{written}: budget=none was given, or the strategy has no budget, as published: leave one out",
             )
 
 

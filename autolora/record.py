@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,6 +48,8 @@ class Run:
     precision: str | None = None
     selection: Selection | None = None
     plans_measured: int = 0
+    plans_compared: int = 0
+    warned: list[str] = field(default_factory=list)
     resumed_at: int = 0
 
     @property
@@ -92,7 +95,12 @@ class Run:
     def compute(self) -> Compute:
         """What it took so far."""
         if self.selection is None:
-            return Compute(fit_steps=self.steps, passes=self.passes, plans_measured=self.plans_measured)
+            return Compute(
+                fit_steps=self.steps,
+                passes=self.passes,
+                plans_measured=self.plans_measured,
+                plans_compared=self.plans_compared,
+            )
         before = self.selection.compute
         passes = None if before.passes is None else before.passes + self.passes
         return before.model_copy(update={"retrain_steps": self.steps, "passes": passes})
@@ -108,7 +116,21 @@ class Run:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the data, of the selection, and of the training that is under way."""
         selected = self.selection.notes if self.selection else ()
-        return (*self.problem.notes, *selected, *(self.strategy.notes if self.strategy else ()))
+        notes = (*self.problem.notes, *selected, *self.warned, *(self.strategy.notes if self.strategy else ()))
+        return tuple(dict.fromkeys(notes))
+
+    @contextmanager
+    def warnings_as_notes(self) -> Iterator[None]:
+        """Inside this context a warning of the library is said in a line, and becomes a note."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        for one in caught:
+            if one.category is not UserWarning:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            elif str(one.message) not in self.warned:
+                self.warned.append(str(one.message))
+                say(f"warning: {one.message}")
 
 
 class Clock:
@@ -183,7 +205,7 @@ def record_selection(run: Run, plan: RankPlan, scores: Scores, logger: str | Non
         search=run.search,
         ranks=dict(plan),
         metrics=scores.all,
-        notes=run.strategy.notes if run.strategy else (),
+        notes=(*run.warned, *(run.strategy.notes if run.strategy else ())),
         compute=run.compute,
         examples=run.examples,
         peak_trainable=run.peak_trainable,
@@ -297,11 +319,14 @@ def prediction_rows(problem: Problem, outputs: dict[str, Outputs]) -> tuple[list
 
 def _planted_record(run: Run, plan: RankPlan, scores: Scores) -> Planted | None:
     """How the ranks that were selected compare with the true ones, and the error in the end."""
+    from autolora.strategies.outside import Outside
     from autolora.tasks.planted import exact_fraction
 
     true = run.problem.true_plan
     if true is None:
         return None
+    if isinstance(run.strategy, Outside):
+        return Planted(true=dict(true), found=None, exact_fraction=None, excess_error=scores.value)
     found = plan if run.selection is None else RankPlan(plan.sites, run.selection.ranks)
     return Planted(
         true=dict(true), found=dict(found), exact_fraction=exact_fraction(true, found), excess_error=scores.value

@@ -82,6 +82,7 @@ class Seconds(_Record):
     earlier: float = 0.0
     fit: float = 0.0
     select: float = 0.0
+    compare: float = 0.0
     retrain: float = 0.0
     evaluate: float = 0.0
 
@@ -90,13 +91,14 @@ class Compute(_Record):
     """What a run took besides seconds: optimizer steps before selection and after it, batches that went through the
     model for the sake of both (several a step where a strategy trains several plans, scores, or learns from held-out
     rows; ``None`` in results of versions that did not count them), and plans that were measured on the held-out slice,
-    each once, however often a search came back to it.
+    each once, however often a search came back to it: to choose, and after the choice, only to compare it with them.
     """
 
     fit_steps: int = 0
     retrain_steps: int = 0
     passes: int | None = None
     plans_measured: int = 0
+    plans_compared: int = 0
 
 
 class Selection(_Record):
@@ -118,11 +120,14 @@ class Selection(_Record):
 
 
 class Planted(_Record):
-    """True and found ranks, the share of modules that are exact, and the error relative to no adapter."""
+    """True and found ranks, the share of modules that are exact, and the error relative to no adapter.
+
+    A method that has no ranks has found none.
+    """
 
     true: dict[str, int]
-    found: dict[str, int]
-    exact_fraction: float
+    found: dict[str, int] | None
+    exact_fraction: float | None
     excess_error: float | None
 
 

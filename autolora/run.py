@@ -156,7 +156,8 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     cfg, problem, directory, settings = run.cfg, run.problem, run.directory, run.cfg.trainer
     second = run.stage == "retrain"
     run.strategy = strategy
-    adapters = strategy.attach(problem.model, adapter_settings(cfg))
+    with run.warnings_as_notes():
+        adapters = strategy.attach(problem.model, adapter_settings(cfg))
     check_budget(strategy)
     problem.model = adapters.model
     say(adapters.summary())
@@ -208,9 +209,14 @@ def check_plan(strategy: Strategy[Any], plan: RankPlan) -> None:
     """Hold a strategy to what it says.
 
     Raises:
-        PlanError: if the plan is not that of the gates, or costs more than the budget.
+        PlanError: if it is no plan, is not that of the gates, or costs more than the budget.
     """
     name, active = type(strategy).__name__, strategy.adapters.active_plan()
+    if not isinstance(plan, RankPlan):
+        raise PlanError(
+            f"{name}: expected a RankPlan from finalize(), got {type(plan).__name__}: return the plan "
+            "(self.adapters.active_plan() is that of the gates)"
+        )
     if plan != active:
         different = [module for module in plan if plan[module] != active[module]]
         raise PlanError(
@@ -235,7 +241,6 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
     rows: list[Labelled] = []
 
     def score(plan: RankPlan) -> float:
-        run.plans_measured += 1
         if not rows:
             rows.extend(read(problem, problem.model, "heldout", strategy.scored_rows))
         with strategy.adapters.masked(plan), strategy.adapters.merged():
@@ -244,9 +249,20 @@ def select(run: Run) -> tuple[RankPlan, Scores]:
             return -float(problem.criterion(outputs.logits, outputs.labels))
         return problem.scores({"heldout": outputs}).utility()
 
+    def to_choose(plan: RankPlan) -> float:
+        run.plans_measured += 1
+        return score(plan)
+
+    def to_compare(plan: RankPlan) -> float:
+        run.plans_compared += 1
+        return score(plan)
+
     with run.clock.measure("select"):
-        plan = strategy.finalize(score)
+        plan = strategy.finalize(to_choose)
         check_plan(strategy, plan)
+    with run.clock.measure("compare"):
+        strategy.compare(to_compare)
+    with run.clock.measure("select"):
         compact(strategy.adapters)
         return plan, problem.scores({"heldout": evaluate(problem, problem.model, "heldout")})
 

@@ -170,6 +170,14 @@ def strategy_module(name: str) -> ModuleType:
     raise ConfigError(f"strategy.name={name}: unknown strategy: there is no {' or '.join(places)}")
 
 
+def is_strategy(name: str) -> bool:
+    """Whether there is a module of this name that has the options of a strategy."""
+    try:
+        return hasattr(strategy_module(name), "Options")
+    except ConfigError:
+        return False
+
+
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The valid name that a wrong one resembles most, if one does."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)

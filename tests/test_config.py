@@ -218,7 +218,7 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("adapter.rank_pattern={query:-1}", "adapter.rank_pattern={query:-1}: expected a mapping of names to integers"),
         (
             "budget=none budget.rank=4",
-            "budget.rank=4: there is no budget with budget=none (which some strategies set): keep one",
+            "budget.rank=4: budget=none was given, or the strategy has no budget, as published: leave one out",
         ),
         ("budget.rank=4 budget.params=9", "budget.rank=4 and budget.params=9: expected at most one of rank, params"),
         ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps: nothing says how long training is: set one"),
@@ -364,4 +364,6 @@ def test_a_new_strategy_is_one_module_and_one_file(tmp_path: Path, monkeypatch: 
     (fault,) = faults_of("--config-dir", str(tmp_path), "strategy=newcomer", "strategy.pace.sped=3")
     assert fault == "strategy.pace.sped=3: unknown key strategy.pace.sped; did you mean strategy.pace.speed?"
     (fault,) = faults_of("strategy=newcomer")
-    assert fault.startswith("strategy=newcomer: unknown strategy 'newcomer' (available: adalora, ")
+    assert fault.startswith("strategy=newcomer: its module is there, its defaults are not: write conf/strategy/newcom")
+    (fault,) = faults_of("strategy=base")
+    assert fault.startswith("strategy=base: unknown strategy 'base'")

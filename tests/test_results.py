@@ -116,8 +116,8 @@ def test_result_has_the_fields_of_the_schema() -> None:
     assert data["schema"] == 1
     assert set(data["metrics"]) == {"primary", "value", "all"}
     assert set(data["params"]) == {"adapter", "extra", "head", "peak_trainable", "budget", "backbone"}
-    assert set(data["compute"]) == {"fit_steps", "retrain_steps", "passes", "plans_measured"}
-    assert set(data["seconds"]) == {"total", "earlier", "fit", "select", "retrain", "evaluate"}
+    assert set(data["compute"]) == {"fit_steps", "retrain_steps", "passes", "plans_measured", "plans_compared"}
+    assert set(data["seconds"]) == {"total", "earlier", "fit", "select", "compare", "retrain", "evaluate"}
     assert set(data["git"]) == {"commit", "dirty"}
 
 

@@ -225,10 +225,14 @@ def test_without_a_budget(configure: Any) -> None:
     assert set(result.ranks.values()) == {4}
 
 
-def test_a_budget_above_the_maximum_is_clamped(configure: Any) -> None:
-    with pytest.warns(UserWarning, match="clamped"):
-        result = run_one(configure("strategy=uniform", "budget.rank=100", "trainer.max_steps=1"))
+@pytest.mark.filterwarnings("error:the budget")
+def test_a_budget_above_the_maximum_is_clamped_and_the_result_says_so(
+    configure: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_one(configure("strategy=uniform", "budget.rank=100", "trainer.max_steps=1", "retrain=found"))
     assert set(result.ranks.values()) == {4}
+    (said,) = [note for note in result.notes if "is clamped" in note]
+    assert f"\nwarning: {said}\n" in capsys.readouterr().out
 
 
 def test_wandb_is_offline_and_finished(configure: Any) -> None:
@@ -327,6 +331,14 @@ def test_a_plan_that_is_not_that_of_the_gates_is_refused(tmp_path: Path, monkeyp
         run_one(on_planted(tmp_path, "strategy=uniform", "budget.rank=4"))
 
 
+@pytest.mark.parametrize("given", [None, {"U0": 1}])
+def test_what_is_no_plan_is_refused(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Uniform, "finalize", lambda self, evaluate: given)
+    got = type(given).__name__
+    with pytest.raises(PlanError, match=rf"Uniform: expected a RankPlan from finalize\(\), got {got}: return the plan"):
+        run_one(on_planted(tmp_path, "strategy=uniform"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "passes"),
     [
@@ -363,6 +375,17 @@ def test_a_plan_is_measured_on_the_rows_that_the_search_asks_for(
     assert run_one(on_planted(tmp_path, *search)).compute.plans_measured == 7
     assert [len(inputs) for inputs in seen] == [rows] * 7 + [8192] * 2  # and dev
     assert all(torch.equal(inputs, seen[7][:: 8192 // rows]) for inputs in seen[:7])
+
+
+def test_plans_of_the_comparison_are_counted_by_themselves(tmp_path: Path) -> None:
+    search = ("strategy=evolution", "strategy.evaluations=7", "retrain=found", "strategy.heldout_rows=16")
+    with_it, without = (
+        run_one(on_planted(tmp_path, *search, f"strategy.against_random={yes}")) for yes in ("true", "false")
+    )
+    assert with_it.compute.plans_measured == without.compute.plans_measured == 7
+    assert (with_it.compute.plans_compared, without.compute.plans_compared) == (6, 0)  # uniform ranks are known
+    assert with_it.seconds.compare > without.seconds.compare
+    assert with_it.ranks == without.ranks
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
     if result.retrain != "none":
         console.print(f"  trained again at {_CONTROLS[result.retrain]}", highlight=False)
     console.print(heat_table(result.ranks))
-    spent = {name: getattr(seconds, name) for name in ("fit", "select", "retrain", "evaluate")}
+    spent = {name: getattr(seconds, name) for name in ("fit", "select", "compare", "retrain", "evaluate")}
     parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items() if value)
     console.print(
         f"  {seconds.total:.1f} s ({parts}), {result.steps} steps, {result.examples_per_second:.0f} examples/s",
@@ -60,6 +60,8 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
 
 def _found(planted: Planted) -> str:
     """True and found ranks one by one where that can be read, else how far they are apart."""
+    if planted.found is None:
+        return "the method has no ranks to compare with the planted ones"
     exact = f"planted ranks found exactly in {planted.exact_fraction:.0%} of the modules"
     true = list(planted.true.values())
     found = [planted.found.get(name, 0) for name in planted.true]

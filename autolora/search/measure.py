@@ -11,8 +11,8 @@ from autolora.search.space import Levels, PlanSpace
 
 # Correlations are undefined on constant predictions; none is lower than this.
 _UNDEFINED = -1.0
-# A search may come back to plans that it knows, which costs nothing, but not for ever.
-_ASKED_PER_EVALUATION = 5
+# A search may come back to plans that it knows, which costs no pass over the slice, but not for ever.
+_ASKED_PER_EVALUATION = 20
 
 
 class Measurements:

@@ -22,6 +22,9 @@ from autolora.config import Conflict, RunConfig
 from autolora.search.measure import Measurements
 from autolora.search.supernet import LearnedSearchOptions, SuperNet
 
+_AGENTS = 4
+"""At the most, one after the other."""
+
 
 class Options(LearnedSearchOptions):
     """``episode_steps``: moves before the agent starts again from uniform ranks. ``rollout``: steps between updates of
@@ -59,6 +62,8 @@ class RLSearch(SuperNet[Options]):
 def learn_to_move(measured: Measurements, options: Options, seed: int) -> None:
     """Train a PPO agent on the environment of the measurements; the random state of the process stays as it was.
 
+    An agent that has settled on plans it knows spends no more evaluations: after so many steps a new one goes on.
+
     Args:
         measured: measures plans and remembers them.
         options: of environment and agent.
@@ -75,26 +80,27 @@ def learn_to_move(measured: Measurements, options: Options, seed: int) -> None:
         def _on_step(self) -> bool:
             return not measured.done
 
-    if measured.done:
-        return
     with _random_state_kept():
-        agent = PPO(
-            "MlpPolicy",
-            RankSearchEnv(measured, options.episode_steps),
-            n_steps=options.rollout,
-            batch_size=options.rollout,
-            n_epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            gamma=options.discount,
-            ent_coef=options.entropy,
-            policy_kwargs={"net_arch": [64]},
-            seed=seed % 2**32,
-            device="cpu",
-        )
-        with torch.no_grad():
-            agent.policy.action_net.bias.view(-1, 3)[:, 1] += options.keep  # type: ignore[operator]
-        agent.set_logger(Logger(None, []))  # by default it leaves a folder behind
-        agent.learn(measured.most_steps, callback=WhileThereIsSomethingToMeasure())
+        for agents in range(_AGENTS):
+            if measured.done:
+                return
+            agent = PPO(
+                "MlpPolicy",
+                RankSearchEnv(measured, options.episode_steps),
+                n_steps=options.rollout,
+                batch_size=options.rollout,
+                n_epochs=options.epochs,
+                learning_rate=options.learning_rate,
+                gamma=options.discount,
+                ent_coef=options.entropy,
+                policy_kwargs={"net_arch": [64]},
+                seed=(seed + 10_007 * agents) % 2**32,
+                device="cpu",
+            )
+            with torch.no_grad():
+                agent.policy.action_net.bias.view(-1, 3)[:, 1] += options.keep  # type: ignore[operator]
+            agent.set_logger(Logger(None, []))  # by default it leaves a folder behind
+            agent.learn(measured.most_steps // _AGENTS, callback=WhileThereIsSomethingToMeasure())
 
 
 @contextmanager

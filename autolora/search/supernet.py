@@ -57,7 +57,9 @@ class SearchOptions(StrategyOptions):
 
 
 class LearnedSearchOptions(SearchOptions):
-    """``against_random``: also measure as many random plans afterwards, only to say whether the search beat them."""
+    """``against_random``: also measure as many random plans afterwards as the search has measured, only to say whether
+    it beat them.
+    """
 
     against_random: bool = True
 
@@ -71,7 +73,8 @@ class SuperNet(Strategy[SearchT]):
     Attributes:
         space: the plans to choose from, from :meth:`attach` on.
         seed: of everything that is drawn, from :meth:`attach` on.
-        measured, at_random: the plans that were measured, from :meth:`finalize` on, and those of the comparison.
+        measured: the plans that were measured, from :meth:`finalize` on.
+        at_random: those of the comparison, from :meth:`compare` on.
     """
 
     space: PlanSpace
@@ -141,19 +144,22 @@ class SuperNet(Strategy[SearchT]):
 
     def finalize(self, evaluate: Evaluate) -> RankPlan:
         """Measure the uniform plan and those that the searcher comes up with, and keep the best."""
-        self.measured = self.measure(evaluate)
+        self.measured = self._measurements(evaluate, self.options.evaluations)
         self.search(self.measured)
-        if isinstance(self.options, LearnedSearchOptions) and self.options.against_random:
-            self.at_random = self.measure(evaluate, self.measured.scores)
-            search_at_random(self.at_random, self.seed)
         plan = self.space.plan(self.measured.best)
         self.adapters.keep_first(plan)
         return plan
 
-    def measure(self, evaluate: Evaluate, known: Mapping[Levels, float] | None = None) -> Measurements:
-        """Nothing measured yet but the uniform plan, and what is known."""
-        options = self.options
-        return Measurements(self.space, evaluate, evaluations=options.evaluations, price=options.price, known=known)
+    def compare(self, evaluate: Evaluate) -> None:
+        """Measure as many random plans as the search has measured, where the options ask for it."""
+        if isinstance(self.options, LearnedSearchOptions) and self.options.against_random and self.measured:
+            self.at_random = self._measurements(evaluate, len(self.measured.scores), self.measured.scores)
+            search_at_random(self.at_random, self.seed)
+
+    def _measurements(
+        self, evaluate: Evaluate, evaluations: int, known: Mapping[Levels, float] | None = None
+    ) -> Measurements:
+        return Measurements(self.space, evaluate, evaluations=evaluations, price=self.options.price, known=known)
 
     @property
     def notes(self) -> list[str]:
@@ -166,10 +172,12 @@ class SuperNet(Strategy[SearchT]):
         def said(measured: Measurements, levels: Levels) -> str:
             return f"{sign * measured.scores[levels]:.6g} at {self.space.plan(levels).params:,} parameters"
 
+        few = f" (of {found.evaluations}: the search came up with no others)"
+        beaten = found.scores[found.best] > found.scores[found.uniform]
         notes = [
-            f"{len(found.scores)} plans measured in the super-net: held-out {what} {said(found, found.best)} for the "
-            f"plan of the highest worth, {said(found, found.uniform)} for uniform ranks"
-            f"{'' if found.scores[found.best] > found.scores[found.uniform] else '; the search did not beat them'}"
+            f"{len(found.scores)} plans measured in the super-net{few if len(found.scores) < found.evaluations else ''}: "
+            f"held-out {what} {said(found, found.best)} for the plan of the highest worth, "
+            f"{said(found, found.uniform)} for uniform ranks{'' if beaten else '; the search did not beat them'}"
         ]
         if found.undefined:
             notes.append(

@@ -206,6 +206,9 @@ class Strategy(Generic[OptionsT]):
         """Settle the plan, within the budget, and fix the gates to 0/1 masks that realise it."""
         raise NotImplementedError(f"{type(self).__name__} has to say which plan comes out: implement finalize()")
 
+    def compare(self, evaluate: Evaluate) -> None:
+        """Measure what the plan is to be compared with, once it is settled: only for what :attr:`notes` say."""
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

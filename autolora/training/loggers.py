@@ -58,6 +58,7 @@ class WandbRun:
         from lightning.pytorch.loggers import WandbLogger
 
         os.environ.setdefault("WANDB_SILENT", "true")
+        wandb.setup()  # reads the variable; otherwise W&B warns of a setting that Lightning writes
         self.logger = WandbLogger(
             name=self.name,
             save_dir=self.directory,

@@ -77,6 +77,13 @@ def test_planted_ranks_stand_side_by_side() -> None:
     assert "U0" in text
 
 
+def test_a_method_without_ranks_has_found_none() -> None:
+    planted = Planted(true={"U0": 1, "V0": 2}, found=None, exact_fraction=None, excess_error=0.1)
+    text = shown(result(planted=planted, ranks={"U0": 0, "V0": 0}))
+    assert "no ranks to compare with the planted ones" in text
+    assert "exactly" not in text
+
+
 def test_the_grid_puts_each_rank_in_its_cell() -> None:
     roles, depths, cells = rank_grid(RANKS)
     assert roles == ["query", "mlp_down", "other"]

@@ -254,6 +254,8 @@ def test_a_search_is_compared_with_random_plans_in_plain_words() -> None:
 
     level = attached(planted(), Evolution, evaluations=9, price=0, against_random=True)
     cost = level.finalize(evaluate).params
+    assert len(level.notes) == 1
+    level.compare(evaluate)
     assert level.notes == [
         f"9 plans measured in the super-net: held-out loss 0.5 at {cost:,} parameters for the plan of the highest "
         f"worth, 0.5 at {cost:,} parameters for uniform ranks; the search did not beat them",
@@ -268,6 +270,8 @@ def test_a_search_is_compared_with_random_plans_in_plain_words() -> None:
 
     ahead = attached(planted(), Evolution, evaluations=9, price=0, against_random=True)
     ahead.finalize(only_the_fourth_is_good)
+    assert len(calls) == 9
+    ahead.compare(only_the_fourth_is_good)
     assert ahead.measured is not None
     assert ahead.at_random is not None
     assert len(calls) == len({**ahead.measured.scores, **ahead.at_random.scores}) < 18  # uniform ranks are known
@@ -289,7 +293,13 @@ def test_a_cheaper_plan_at_a_lower_score_has_not_beaten_random_plans() -> None:
 
     strategy = attached(planted(), Frugal, evaluations=9, objective="metric", price=5, against_random=True)
     found = strategy.finalize(evaluate)
+    strategy.compare(evaluate)
     assert found == strategy.space.plan(strategy.space.smallest())
+    assert (
+        "2 plans measured in the super-net (of 9: the search came up with no others): held-out score"
+        in strategy.notes[0]
+    )
+    assert strategy.notes[1].startswith("2 random plans: ")  # as many as the search came up with
     assert strategy.measured.worth(strategy.measured.best) > strategy.at_random.worth(strategy.at_random.best)
     assert strategy.notes[0].endswith("the search did not beat them")
     assert strategy.notes[1].endswith("the search did not beat them")

@@ -561,6 +561,8 @@ def test_full_fits_a_planted_teacher_and_keeps_the_state(tmp_path: Path, capsys:
     assert result.metrics.value is not None
     assert result.metrics.value < 1e-2
     assert (result.params.extra, result.params.head) == (2 * 8 * 12, 0)
+    assert result.planted is not None
+    assert (result.planted.found, result.planted.exact_fraction) == (None, None)
     run = directory_of(cfg, result)
     state = load_file(run.adapter / "model.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {"U0.weight": (8, 12), "V0.weight": (12, 8)}
