@@ -172,11 +172,12 @@ class SuperNet(Strategy[SearchT]):
         def said(measured: Measurements, levels: Levels) -> str:
             return f"{sign * measured.scores[levels]:.6g} at {self.space.plan(levels).params:,} parameters"
 
-        few = f" (of {found.evaluations}: the search came up with no others)"
+        spent = len(found.scores) >= found.evaluations
+        few = "" if spent else f" (of {found.evaluations}: the search came up with no others)"
         beaten = found.scores[found.best] > found.scores[found.uniform]
         notes = [
-            f"{len(found.scores)} plans measured in the super-net{few if len(found.scores) < found.evaluations else ''}: "
-            f"held-out {what} {said(found, found.best)} for the plan of the highest worth, "
+            f"{len(found.scores)} plans measured in the super-net{few}: held-out {what} {said(found, found.best)} for "
+            "the plan of the highest worth, "
             f"{said(found, found.uniform)} for uniform ranks{'' if beaten else '; the search did not beat them'}"
         ]
         if found.undefined:
