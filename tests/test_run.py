@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import random
@@ -24,6 +25,7 @@ from autolora.plan import RankPlan, Site
 from autolora.record import budget_notes
 from autolora.results import RunDirectory, RunResult
 from autolora.run import run_one
+from autolora.search.random_search import RandomSearch
 from autolora.strategies.svd_truncate import SVDTruncate
 from autolora.strategies.uniform import Uniform
 from autolora.training.planted import PlantedRegression
@@ -107,7 +109,9 @@ def test_a_run_leaves_a_complete_record(configure: Any, strategy: str) -> None:
     assert result.adapter_bytes == 4 * result.params.adapter
     assert result.params.head == 32 * 2 + 2
     assert result.steps == 2 * -(-216 // 32)
-    assert result.params.peak_trainable >= result.params.adapter + result.params.head
+    # autolora begins with rank 4, twice the budget, and a selector for each component
+    most = 2 * budget + 4 * 13 if strategy == "autolora" else result.params.adapter
+    assert result.params.peak_trainable == most + result.params.head
     assert yaml.safe_load(files.config.read_text())["strategy"]["name"] == strategy
 
 
@@ -296,9 +300,9 @@ def test_a_budget_that_pays_for_nothing_is_refused(strategy: str, tmp_path: Path
         run_one(cfg)
 
 
-def on_planted(folder: Path, *overrides: str) -> RunConfig:
+def on_planted(folder: Path, *overrides: str, steps: int = 20) -> RunConfig:
     fixed = ("task=planted", f"run_root={folder}", "logger=csv", "trainer.enable_progress_bar=false")
-    return compose([*fixed, "trainer.max_steps=20", *overrides])
+    return compose([*fixed, f"trainer.max_steps={steps}", *overrides])
 
 
 @pytest.mark.parametrize("strategy", [Uniform, SVDTruncate])
@@ -377,6 +381,54 @@ def test_a_plan_is_measured_on_the_rows_that_the_search_asks_for(
     assert all(torch.equal(inputs, seen[7][:: 8192 // rows]) for inputs in seen[:7])
 
 
+def test_the_score_of_a_plan_is_that_of_its_first_components_on_held_out_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    forward, finalize = PlantedRegression.forward, RandomSearch.finalize
+
+    def watched(self: PlantedRegression, model: Any, batch: Any) -> Any:
+        seen.append(batch)
+        return forward(self, model, batch)
+
+    def checked(self: RandomSearch, evaluate: Any) -> RankPlan:
+        found = []
+        for rank in (0, 1, 2):
+            reference = copy.deepcopy(self.model)
+            score = evaluate(RankPlan.uniform(self.largest.sites, rank))
+            with torch.no_grad():
+                for name, full in self.largest.items():
+                    layer = reference.get_submodule(name)
+                    layer.gate.set_mask(torch.ones(full))
+                    layer.lora_B[:, rank:] = 0
+                error = (reference.eval()(seen[-1]["inputs"]) - seen[-1]["labels"]).square().mean()
+            assert score == pytest.approx(-float(error), rel=1e-5)
+            found.append(score)
+        assert len(set(found)) == 3
+        return finalize(self, evaluate)
+
+    monkeypatch.setattr(PlantedRegression, "forward", watched)
+    monkeypatch.setattr(RandomSearch, "finalize", checked)
+    search = ("strategy=random_search", "strategy.evaluations=3", "strategy.heldout_rows=64")
+    assert run_one(on_planted(tmp_path, *search)).compute.plans_measured == 6
+
+
+@pytest.mark.parametrize("objective", ["loss", "metric"])
+def test_a_search_ends_with_the_plan_that_measures_best(objective: str, tmp_path: Path) -> None:
+    """Where one module wants everything: what is found beats uniform ranks by the score that is reported."""
+    few = ("task.ranks=[0,4,0,0,0,0]", "budget.rank=1", "optim.adapter.lr=1e-2")
+    found, uniform = (
+        run_one(on_planted(tmp_path, *few, f"strategy={name}", *options, steps=200)).metrics.value
+        for name, options in (
+            ("evolution", ("strategy.evaluations=60", f"strategy.objective={objective}", "retrain=found")),
+            ("uniform", ()),
+        )
+    )
+    assert found is not None
+    assert uniform is not None
+    assert found < 0.5 * uniform
+
+
 def test_plans_of_the_comparison_are_counted_by_themselves(tmp_path: Path) -> None:
     search = ("strategy=evolution", "strategy.evaluations=7", "retrain=found", "strategy.heldout_rows=16")
     with_it, without = (
@@ -386,6 +438,19 @@ def test_plans_of_the_comparison_are_counted_by_themselves(tmp_path: Path) -> No
     assert (with_it.compute.plans_compared, without.compute.plans_compared) == (6, 0)  # uniform ranks are known
     assert with_it.seconds.compare > without.seconds.compare
     assert with_it.ranks == without.ranks
+
+
+def test_the_loss_that_is_reported_has_no_penalty_in_it(tmp_path: Path) -> None:
+    first = []
+    for weight in ("0", "1000"):
+        folder = tmp_path / weight
+        options = ("strategy=adalora", f"strategy.orthogonality={weight}", "trainer.log_every_n_steps=1")
+        result = run_one(on_planted(folder, *options))
+        with next(folder.glob("*/history.csv")).open() as stream:
+            losses = [float(row["loss"]) for row in csv.DictReader(stream)]
+        first.append(losses[0])
+        assert len(losses) == result.steps
+    assert first[0] == first[1]
 
 
 def test_nothing_to_train_is_said(tmp_path: Path) -> None:

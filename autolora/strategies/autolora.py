@@ -194,7 +194,7 @@ class AutoLoRA(Strategy[Options]):
 
     def penalty(self, loss: Tensor) -> Tensor | None:
         """The price of the expected cost, as a share of everything; only while pruning."""
-        if self.losses_seen < self.calibration:
+        if self.step_seen < self.calibration:
             self.losses_seen += 1
             self.initial_loss += (loss.detach() - self.initial_loss) / self.losses_seen
         return self.price * self._expected_share() if self.phase == "prune" else None

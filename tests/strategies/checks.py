@@ -106,4 +106,4 @@ def assert_accumulation_of_2_is_one_double_batch(make: Make, steps: int = 40) ->
     assert plans[0] == plans[1]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-5)

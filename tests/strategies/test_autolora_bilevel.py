@@ -124,15 +124,19 @@ def test_the_hypergradient_of_a_quadratic_in_closed_form(curvature: float | None
     assert torch.equal(problem.flat(problem.weights), w)
 
 
+@pytest.mark.parametrize("head", [(), ("V1",)], ids=["all adapted", "with a head"])
 @pytest.mark.parametrize(
     ("form", "dropout"),
     [("sigmoid", 0.0), ("simplex", 0.0), ("gumbel", 0.0), ("gumbel_softmax", 0.0), ("hard_concrete", 0.3)],
 )
-def test_the_hypergradient_is_what_differentiating_through_the_step_gives(form: str, dropout: float) -> None:
+def test_the_hypergradient_is_what_differentiating_through_the_step_gives(
+    form: str, dropout: float, head: tuple[str, ...]
+) -> None:
     """Against autograd's own second derivative, on the same noise; the finite difference is good to 1 in 1,000."""
     pair = pair_of()
     strategy = bilevel(Budget(), selector={"form": form, "tau": 2.0}, order="second", lookahead=0.1)
-    adapters, _ = begun(strategy, pair, settings=AdapterSettings(dropout=dropout))
+    settings = AdapterSettings(dropout=dropout, modules_to_save=list(head) or None)
+    adapters, _ = begun(strategy, pair, settings=settings)
     for layer in adapters.layers.values():
         layer.gate.learn()
         with torch.no_grad():
@@ -163,6 +167,42 @@ def test_the_hypergradient_is_what_differentiating_through_the_step_gives(form: 
     largest = float(exact.abs().max())
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-3 * largest)
     assert (exact - direct).abs().max() > 0.01 * largest  # the mixed derivative is a part that can be seen
+
+
+def looked_ahead(dtype: torch.dtype) -> tuple[AutoLoRABilevel, Batch, Batch]:
+    pair = pair_of()
+    strategy = bilevel(Budget(), selector={"form": "sigmoid"}, order="second", lookahead=0.1)
+    adapters, _ = begun(strategy, pair)
+    for layer in adapters.layers.values():
+        layer.gate.learn()
+    pair.student.to(dtype)
+    batch, heldout = ({k: v.to(dtype) for k, v in next(s).items()} for s in streams(pair))
+    return strategy, batch, heldout
+
+
+def test_the_perturbation_has_the_same_size_whatever_the_held_out_loss_is_measured_in() -> None:
+    """epsilon = 0.01 / |v| (Liu et al., ICLR 2019, section 2.3): 1,000 times the loss has 1,000 times the gradient."""
+    strategy, batch, heldout = looked_ahead(torch.double)
+    start = [p.detach().clone() for p in strategy.upper.weights]
+    distances = []
+
+    def loss_fn(model: nn.Module, rows: Batch) -> Tensor:
+        moved = [p.detach() - before for p, before in zip(strategy.upper.weights, start, strict=True)]
+        distances.append(float(torch.stack(torch._foreach_norm(moved)).norm()))
+        return mse(model, rows) * (1000 if rows is heldout else 1)
+
+    large = strategy.upper.hypergradient(batch, heldout, loss_fn)
+    assert distances[0] == 0
+    assert distances[2:] == pytest.approx([0.01, 0.01])
+    small = strategy.upper.hypergradient(batch, heldout, mse)
+    torch.testing.assert_close(large, 1000 * small, rtol=1e-6, atol=1e-6 * float(large.abs().max()))
+
+
+def test_the_second_order_is_computed_in_float32_under_autocast() -> None:
+    strategy, batch, heldout = looked_ahead(torch.float32)
+    plain = strategy.upper.hypergradient(batch, heldout, mse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(strategy.upper.hypergradient(batch, heldout, mse), plain)
 
 
 def test_the_second_order_looks_ahead_by_the_adapters_rate_unless_told() -> None:

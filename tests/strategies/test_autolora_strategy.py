@@ -425,6 +425,10 @@ def test_resumed_is_uninterrupted(form: str, stop: int) -> None:
     optimizer = AdamW(second.param_groups(RATES, 40))
     optimizer.load_state_dict(saved[2])
     assert second.phase == first.phase
+    kept = ("integral", "price", "price_unit", "squared_gradient", "initial_loss", "losses_seen", "probability_sum")
+    for name in (*kept, "watched", "step_seen"):
+        torch.testing.assert_close(getattr(second, name), getattr(first, name), rtol=0, atol=0)
+    assert (second.watched > 0) == (stop >= 29)  # the last fifth of pruning, and after it
     assert second.adapters.attached_plan() == first.adapters.attached_plan()
     assert second.adapters.active_plan() == first.adapters.active_plan()
     steps_of(second, optimizer, batches, stop + 1, 40)

@@ -205,6 +205,60 @@ def test_rounds_that_pay_for_all_are_shared_out_by_the_scores(options: dict[str,
     assert strategy.allowance - 40 < plan.params <= strategy.allowance
 
 
+def test_what_promises_most_comes_first() -> None:
+    """88 parameters do not pay for a component of each of the four (128): one of each by the scores, then a second."""
+    strategy = growth(Budget(rank=2))
+    attached(strategy, pair_of())
+    strategy.scores = {"U0": 0.0, "V0": 6.0, "U1": 1.0, "V1": 2.0}
+    assert strategy._by_promise(88)[:6] == ["V0", "V1", "U1", "U0", "V0", "V1"]
+
+
+@pytest.mark.parametrize("importance", ["gradient", "increlora"])
+def test_the_score_that_is_asked_for_is_the_one_that_decides(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = growth(Budget(rank=2), importance=importance, growth_interval=1, heldout_batches=1)
+    adapters = attached(strategy, pair_of())
+    strategy.begin(40, AdamW(adapters.adapter_parameters()))
+    monkeypatch.setattr("autolora.strategies.growing.reserve_scores", lambda *_: {"gradient": 1.0})
+    monkeypatch.setattr("autolora.strategies.growing.Sensitivity.scores", lambda self: {"increlora": 1.0})
+    batches, heldout = streams(pair_of())
+    strategy.heldout_step(next(batches), next(heldout), mse)
+    assert strategy.scores == {importance: 1.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"growth_strategy": "adaptive", "allocation": "uniform"}, {"importance": "gradient"}, {"importance": "increlora"}],
+    ids=["adaptive", "gradient", "increlora"],
+)
+def test_rounds_are_decided_on_held_out_rows(options: dict[str, Any]) -> None:
+    strategy, pair = growth(Budget(rank=2), growth_interval=1, heldout_batches=2, **options), pair_of()
+    adapters = attached(strategy, pair)
+    strategy.begin(40, AdamW(adapters.adapter_parameters()))
+    held, measured = [], []
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        measured.append(batch)
+        return mse(model, batch)
+
+    batches, heldout = streams(pair)
+    for _ in range(2):
+        held.append(next(heldout))
+        strategy.heldout_step(next(batches), held[-1], loss_fn)
+    assert measured
+    assert all(any(batch is one for one in held) for batch in measured)
+
+
+@pytest.mark.parametrize(
+    ("importance", "module"), [("gradient", 0), ("gradient", 2), *(("increlora", module) for module in range(4))]
+)
+def test_growth_gives_the_module_where_something_is_planted_more_than_the_others(importance: str, module: int) -> None:
+    """The gradient's score takes the second and the fourth module for each other or for one before them."""
+    pair = pair_of(tuple(3 * (i == module) for i in range(4)))
+    fitted = run(growth(Budget(rank=2), growth_interval=10, importance=importance), pair, 200)
+    ranks = list(fitted.plan.values())
+    assert ranks[module] > max(ranks[:module] + ranks[module + 1 :])
+
+
 def test_a_module_that_the_loss_does_not_reach_scores_0() -> None:
     model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
     strategy = growth(max_rank=2)

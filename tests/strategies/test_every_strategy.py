@@ -26,6 +26,7 @@ from autolora.results import RunDirectory
 from autolora.run import run_one, train
 from autolora.signals import Signals
 from autolora.strategies import make_strategy as strategy_of
+from autolora.strategies.base import GroupRates, Rates
 from autolora.training.problem import Problem, evaluate
 
 NAMES = sorted(path.stem for path in (config_root() / "strategy").glob("*.yaml"))
@@ -41,6 +42,10 @@ UNSPENT: dict[str, str] = {
 }
 DRAWN = {"rl_search", "evolution", "random_search"}
 """Every batch trains under plans that are drawn for it, also where batches are accumulated."""
+RANKED = sorted({*NAMES} - OUTSIDE - {"manual", "autolora_paper"})
+"""``manual`` needs a plan, and ``autolora_paper`` query and value, which the small task has not."""
+CHOOSES_LATE = {"adalora", "autolora", "autolora_bilevel", "dynamic_growth", "sora", "svd_truncate"}
+"""Ranks settle while training goes on; those of the others before it, or (searches) after it."""
 SMALLER: dict[str, tuple[str, ...]] = {
     "rl_search": ("strategy.evaluations=6",),
     "evolution": ("strategy.evaluations=6",),
@@ -67,17 +72,16 @@ def configured(configure: Any, tmp_path: Path) -> Any:  # noqa: F811
     return make
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - OUTSIDE - DRAWN - {"manual", "autolora_paper"}))
-def test_accumulation_of_2_is_one_double_batch(name: str) -> None:
-    """Of the others, ``manual`` needs a plan and ``autolora_paper`` query and value, which the small task has not."""
+@pytest.mark.parametrize("budget", [Budget(), Budget(rank=1.5)], ids=str)
+@pytest.mark.parametrize("name", sorted({*RANKED} - DRAWN))
+def test_accumulation_of_2_is_one_double_batch(name: str, budget: Budget) -> None:
+    """Held-out batches are whole here. Methods outside LoRA have no state that a batch could change."""
     options = compose([f"strategy={name}"]).strategy.options
-    assert_accumulation_of_2_is_one_double_batch(
-        lambda: strategy_of(name, options, budget=Budget(rank=1.5), max_rank=4)
-    )
+    assert_accumulation_of_2_is_one_double_batch(lambda: strategy_of(name, options, budget=budget, max_rank=4))
 
 
 @pytest.mark.parametrize("budget", [Budget(), Budget(rank=1.5), Budget(fraction=0.9)], ids=str)
-@pytest.mark.parametrize("name", sorted({*NAMES} - OUTSIDE - {"manual", "autolora_paper"}))
+@pytest.mark.parametrize("name", RANKED)
 def test_a_module_may_be_left_out_and_another_held_low(name: str, budget: Budget) -> None:
     options = compose([f"strategy={name}", *SMALLER.get(name, ())]).strategy.options
     strategy = strategy_of(name, options, budget=budget, max_rank=4)
@@ -85,6 +89,57 @@ def test_a_module_may_be_left_out_and_another_held_low(name: str, budget: Budget
     assert plan["U0"] == 0
     assert plan["V0"] <= 1
     assert strategy.allowance is None or plan.params <= strategy.allowance
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_once_settled_nothing_is_chosen_any_more_and_training_computes_what_is_evaluated(name: str) -> None:
+    """Of the plan, checkpoints may be chosen from then on. dylora trains truncations: its training never settles."""
+    strategy = strategy_of(
+        name,
+        compose([f"strategy={name}", *SMALLER.get(name, ())]).strategy.options,
+        budget=Budget(rank=1.5),
+        max_rank=4,
+    )
+    pair, plans = pair_of(), []
+    inputs = torch.randn(8, 16)
+
+    def look(step: int, optimizer: Any) -> None:
+        if not strategy.settled:
+            assert plans == []
+            return
+        plans.append(strategy.adapters.active_plan())
+        if name != "dylora":
+            model = strategy.adapters.model
+            with torch.no_grad():
+                torch.testing.assert_close(model.train()(inputs), model.eval()(inputs), rtol=0, atol=1e-6)
+            model.train()
+
+    found = run_small(strategy, pair, 40, every_step=look).plan
+    assert all(plan == found for plan in plans)
+    if name in CHOOSES_LATE:
+        assert 0 < len(plans) < 40
+    elif name in DRAWN:
+        assert plans == []
+    else:
+        assert len(plans) == 40
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("name", RANKED)
+def test_every_parameter_is_in_one_group(name: str, ratio: float) -> None:
+    """With LoRA+ those of B are in one whose rate is 16 times as high."""
+    strategy = strategy_of(name, compose([f"strategy={name}"]).strategy.options, budget=Budget(rank=1.5), max_rank=4)
+    adapters = strategy.attach(pair_of().student, AdapterSettings(modules_to_save=["V1"]))
+    rates = Rates(GroupRates(1e-2), GroupRates(None), GroupRates(1e-3), loraplus_lr_ratio=ratio)
+    groups = strategy.param_groups(rates, 40)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    lone = {id(p) for p in adapters.gate_parameters()} if name == "autolora_bilevel" else set()  # another optimizer's
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) | lone == {id(p) for p in adapters.model.parameters() if p.requires_grad} | lone
+    rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for layer in adapters.layers.values():
+        assert rate_of[id(layer.lora_A)] == 1e-2
+        assert rate_of[id(layer.lora_B)] == pytest.approx(ratio * 1e-2)
 
 
 def logits(problem: Problem, model: nn.Module) -> Tensor:

@@ -59,14 +59,15 @@ def prepared(model: nn.Module, data: Any, loss: Any, budget: Budget, max_rank: i
 
 def test_components_go_by_squared_singular_values_of_the_mean_gradient_per_parameter() -> None:
     """A component of small costs 8, of wide 16. Mean gradients have values 3, 1, 1 and 4, 2: worth 9/8, 1/8, 1/8 and
-    16/16, 4/16, so that the order is small, wide, wide, small, small. What cancels between batches counts nothing.
+    16/16, 4/16, so that the order is small, wide, wide, small, small; 16 parameters pay for two of small, but not for
+    wide after the first. What cancels between batches counts nothing.
     """
     noise = diagonal(4, [0.0, 0.0, 0.0, 50.0])
     batches = [
         {"small": diagonal(4, [3.0, 1.0, 1.0]) + noise, "wide": diagonal(12, [4.0, 2.0])},
         {"small": diagonal(4, [3.0, 1.0, 1.0]) - noise, "wide": diagonal(12, [4.0, 2.0])},
     ]
-    for params, ranks in ((8, (1, 0)), (24, (1, 1)), (40, (1, 2)), (48, (2, 2)), (56, (3, 2))):
+    for params, ranks in ((8, (1, 0)), (16, (2, 0)), (24, (1, 1)), (40, (1, 2)), (48, (2, 2)), (56, (3, 2))):
         strategy = prepared(Two(), batches, weighted, Budget(params=params))
         assert strategy.finalize(lambda plan: 0.0) == {"small": ranks[0], "wide": ranks[1]}
 

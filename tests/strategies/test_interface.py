@@ -247,6 +247,30 @@ def test_defaults_do_nothing_but_attach_the_largest_plan() -> None:
     assert plain.state_dict() == {} == plain.progress()
 
 
+def test_loraplus_trains_b_at_a_rate_of_its_own() -> None:
+    """A step of SGD moves B ratio times as far as without it, and A as far."""
+    moved = []
+    for ratio in (1.0, 16.0):
+        pair = planted((0, 2, 3, 0))
+        strategy = Strategy(StrategyOptions(), budget=Budget(), max_rank=4)
+        adapters = strategy.attach(pair.student, AdapterSettings())
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for layer in adapters.layers.values():
+                layer.lora_B.normal_(std=0.3)
+        before = [(layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for layer in adapters.layers.values()]
+        rates = Rates(GroupRates(1e-2), GroupRates(None), GroupRates(1e-3), loraplus_lr_ratio=ratio)
+        groups = strategy.param_groups(rates, 10)
+        optimizer = torch.optim.SGD([{"params": group["params"], "lr": group["lr"]} for group in groups])
+        mse(pair.student, next(streams(pair)[0])).backward()
+        optimizer.step()
+        now = [(layer.lora_A.detach(), layer.lora_B.detach()) for layer in adapters.layers.values()]
+        moved.append([(a - b, c - d) for (a, c), (b, d) in zip(now, before, strict=True)])
+    for (a, b), (same, further) in zip(*moved, strict=True):
+        assert torch.equal(same, a)
+        torch.testing.assert_close(further, 16 * b, rtol=1e-3, atol=1e-6)
+
+
 def test_empty_groups_are_left_out() -> None:
     class Plain(Strategy[StrategyOptions]):
         pass
