@@ -143,9 +143,10 @@ def test_the_selectors_have_a_constant_rate_set_by_the_length_of_the_phase() -> 
 def test_penalty_by_hand() -> None:
     strategy = autolora(Budget(), sparsity={"weight": 0.02})
     adapters, optimizer = begun(strategy, pair_of(), steps=300)
-    for loss in (3.0, 5.0, 4.0, 100.0):  # the first hundredth of the run: three steps
-        assert strategy.penalty(torch.tensor(loss)) is None
+    of_step = {1: (2.0, 4.0), 2: (6.0, 4.0), 3: (4.0, 4.0)}  # two batches each; the first hundredth of the run
     for step in range(1, 91):
+        for loss in of_step.get(step, (100.0, 100.0)):
+            assert strategy.penalty(torch.tensor(loss)) is None
         strategy.after_step(step, optimizer)
     assert strategy.phase == "prune"
     set_logits(adapters, {name: [0.0, 1.0, -1.0, 2.0] for name in adapters.layers})
