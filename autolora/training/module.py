@@ -136,7 +136,9 @@ class AdapterModule(pl.LightningModule):
         """Give the strategy its held-out step, once for each optimizer step.
 
         Where batches are accumulated it sees the first of them, and one held-out batch of that size: what is learned
-        from held-out rows then has more noise than with one large batch. It runs in an autocast context of its own: one shared with the training step would reuse casts of weights that
+        from held-out rows then has more noise than with one large batch.
+
+        It runs in an autocast context of its own: one shared with the training step would reuse casts of weights that
         the strategy may have changed.
         """
         if self.strategy.wants_heldout and batch_idx % self.trainer.accumulate_grad_batches == 0:
