@@ -121,16 +121,19 @@ class Run:
 
     @contextmanager
     def warnings_as_notes(self) -> Iterator[None]:
-        """Inside this context a warning of the library is said in a line, and becomes a note."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            yield
-        for one in caught:
-            if one.category is not UserWarning:
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-            elif str(one.message) not in self.warned:
-                self.warned.append(str(one.message))
-                say(f"warning: {one.message}")
+        """Inside this context a warning of the library is said in a line, and becomes a note; also if it fails."""
+        caught: list[warnings.WarningMessage] = []
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                yield
+        finally:
+            for one in caught:
+                if one.category is not UserWarning:
+                    warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+                elif str(one.message) not in self.warned:
+                    self.warned.append(str(one.message))
+                    say(f"warning: {one.message}")
 
 
 class Clock:

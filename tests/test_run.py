@@ -239,6 +239,20 @@ def test_a_budget_above_the_maximum_is_clamped_and_the_result_says_so(
     assert f"\nwarning: {said}\n" in capsys.readouterr().out
 
 
+def test_a_warning_is_said_also_where_attaching_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: Uniform, *_: Any) -> Any:
+        self.allowance = self.budget.resolve(RankPlan.uniform({"U0": Site(8, 8)}, 1))
+        raise PlanError("nothing can be attached")
+
+    monkeypatch.setattr(Uniform, "attach", fails)
+    with pytest.raises(PlanError, match="nothing can be attached"):
+        run_one(on_planted(tmp_path, "strategy=uniform", "budget.params=100"))
+    said = capsys.readouterr().out
+    assert said.startswith("warning: the budget of 100 parameters is above the 16 of the largest plan and is clamped")
+
+
 def test_wandb_is_offline_and_finished(configure: Any) -> None:
     import wandb
 
