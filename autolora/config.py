@@ -272,7 +272,8 @@ class BudgetConfig(Section):
         if given and not self.enabled:
             yield Conflict(
                 ("budget.enabled", *given),
-                f"{written}: budget=none was given, or the strategy has no budget, as published: leave one out",
+                f"{written}: there is no budget here (budget=none, or a strategy that has none, as published): leave "
+                f"{' and '.join(given)} out",
             )
 
 

@@ -271,7 +271,7 @@ def facts(run: Run) -> dict[str, Any]:
             budget=run.strategy.allowance if run.strategy and adapters else None,
             backbone=count["total"] - count["adapter"] - count["added"] - count["gate"] - count["head"],
         ),
-        "adapter_bytes": sum(p.numel() * p.element_size() for p in adapters.adapter_parameters()) if adapters else 0,
+        "adapter_bytes": sum(tensor.nbytes for tensor in adapters.kept()) if adapters else 0,
         "seconds": seconds,
         "examples_per_second": examples / max(seconds.fit + seconds.retrain, 1e-9),
         "peak_memory_bytes": results.peak_memory_bytes() if gpu_peak is None else gpu_peak,

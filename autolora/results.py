@@ -58,9 +58,9 @@ class Metrics(_Record):
 
 
 class Params(_Record):
-    """Parameter counts: final adapters (A and B: what the budget counts), what is trained besides them and the head
-    (``extra``: biases and scales, prompts, or the backbone itself), fully trained head, the most ever trained at once,
-    the budget, the backbone.
+    """Parameter counts: final adapters (A and B: what the budget counts), what is left besides them and the head
+    (``extra``: biases and scales, prompts, or the backbone itself), fully trained head, the most ever trained at once
+    (with a network that prefixes came out of), the budget, the backbone.
     """
 
     adapter: int

@@ -385,7 +385,7 @@ def _phrase(annotation: Any, metadata: Sequence[Any] = (), plural: bool = False)
     if origin is Literal:
         return _one_of(args)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_phrase(arg, metadata) for arg in args))
+        return " or ".join(dict.fromkeys(_phrase(arg, () if arg is type(None) else metadata) for arg in args))
     if origin in (list, tuple):
         inner = _phrase(args[0], plural=True)
         fixed = f"{len(args)} " if args and args[-1] is not Ellipsis and origin is tuple else ""

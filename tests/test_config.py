@@ -218,7 +218,8 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("adapter.rank_pattern={query:-1}", "adapter.rank_pattern={query:-1}: expected a mapping of names to integers"),
         (
             "budget=none budget.rank=4",
-            "budget.rank=4: budget=none was given, or the strategy has no budget, as published: leave one out",
+            "budget.rank=4: there is no budget here (budget=none, or a strategy that has none, as published): leave "
+            "budget.rank out",
         ),
         ("budget.rank=4 budget.params=9", "budget.rank=4 and budget.params=9: expected at most one of rank, params"),
         ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps: nothing says how long training is: set one"),

@@ -96,6 +96,10 @@ class Adapters:
         own = [p for layer in self.layers.values() for p in layer.parameters(recurse=False)]
         return own + self.also_trained
 
+    def kept(self) -> list[Tensor]:
+        """What is written of an adapter besides the head: its parameters, less what a method throws away."""
+        return [p.detach() for p in self.adapter_parameters()]
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """The selector logits of every module."""
         return [p for layer in self.layers.values() for p in layer.gate.parameters()]

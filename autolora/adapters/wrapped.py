@@ -75,9 +75,24 @@ class Wrapped(Adapters):
         self._size = sum(p.numel() for p, _ in before)
 
     def count(self) -> dict[str, int]:
-        """As of adapters; ``added`` is what PEFT's method adds, and the head counts once."""
-        counts = super().count()
-        return counts | {"added": counts["own"], "own": 0, "total": self._size + counts["own"]}
+        """As of adapters; ``added`` is what PEFT's method leaves (:meth:`kept`), and the head counts once.
+
+        A network that prefixes come out of in training is among the ``trainable`` ones, and not left.
+        """
+        added = sum(tensor.numel() for tensor in self.kept())
+        return super().count() | {"added": added, "own": 0, "total": self._size + added}
+
+    def kept(self) -> list[Tensor]:
+        """What PEFT writes, without the head."""
+        heads = [f"{self.prefix}.{name}" for name in self.heads]
+        return [tensor for name, tensor in self.written().items() if not under(name, heads)]
+
+    def written(self) -> dict[str, Tensor]:
+        """What PEFT itself would write."""
+        from peft import get_peft_model_state_dict
+
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return tensors
 
     @contextmanager
     def unwrapped(self) -> Iterator[nn.Module]:
@@ -145,9 +160,7 @@ def save_wrapped(
         fresh: names of the modules and parameters that the pretrained weights lack.
         metadata: more to keep in ``autolora.json``, as JSON.
     """
-    from peft import get_peft_model_state_dict
-
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(adapters.model, save_embedding_layers=False)
+    tensors = adapters.written()
     config: Any = copy.copy(adapters.model.peft_config[_NAME])
     config.inference_mode, config.base_model_name_or_path = True, base_model
     with adapters.unwrapped() as base:

@@ -132,6 +132,11 @@ class AdaLoRA(Strategy[Options]):
         options = self.options
         self.allocate_from = round(options.t_init * total_steps)
         self.settle_from = total_steps - round(options.t_final * total_steps)
+        if options.t_final and self.settle_from == total_steps:
+            raise ConfigError(
+                f"strategy=adalora: t_final={options.t_final} of {total_steps} steps is none, and the ranks would "
+                "never be trained alone: raise trainer.max_steps or t_final (0 leaves that phase out)"
+            )
         if self.settle_from <= self.allocate_from:
             raise ConfigError(
                 f"strategy=adalora: t_init={options.t_init} and t_final={options.t_final} of {total_steps} steps are "

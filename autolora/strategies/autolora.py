@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import PhaseOptions, best_components, even_components, keep
+from autolora.strategies.pruning import PhaseOptions, best_components, even_components, keep, phase_ends
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -175,9 +175,8 @@ class AutoLoRA(Strategy[Options]):
         self.initial_loss = torch.tensor(0.0, device=device)
         self.probability_sum = torch.zeros_like(self.costs)
         self.watched = 0
-        phases = self.options.phases
-        self.listen_from = round(phases.warmup * total_steps)
-        self.settle_from = min(total_steps, round((phases.warmup + phases.prune) * total_steps))
+        shares = self.options.phases.shares()
+        self.listen_from, self.settle_from = phase_ends("strategy.phases", shares, total_steps)
         steps = self.settle_from - self.listen_from
         if steps < 2:
             raise ConfigError(

@@ -27,12 +27,14 @@ from autolora.files import read_json
 from autolora.plan import RankPlan
 from autolora.strategies.base import Planned, StrategyOptions
 
+_FILES = ("ranks.json", "adapter_config.json")
 _PEFT_KEYS = ("peft_type", "target_modules")
 _NOT_READ = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Options(StrategyOptions):
-    """``path`` of the plan; ``fingerprint`` of the file, which makes its content part of the run's identity.
+    """``path`` of the plan, or of the run or adapter that it is in; ``fingerprint`` of the file, which makes its
+    content part of the run's identity.
 
     The fingerprint is filled in by itself. Where it is given, as in the configuration of an earlier run, the file has
     to be the one that was meant, but need not be there before it is read.
@@ -46,7 +48,7 @@ class Options(StrategyOptions):
     def _given(cls, path: Path | None) -> Path:
         if path is None:
             raise ValueError("expected the file of a plan: add strategy.path=FILE (ranks.json or adapter_config.json)")
-        return path
+        return next((path / name for name in _FILES if (path / name).is_file()), path)
 
     @model_validator(mode="after")
     def _identify(self) -> Options:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from autolora.errors import ConfigError
 from autolora.plan import RankPlan, even_order, spend
 from autolora.strategies.base import StrategyOptions
 
@@ -27,6 +30,34 @@ class PhaseOptions(StrategyOptions):
         if self.warmup + self.prune > 1:
             raise ValueError(f"warmup + prune: expected at most 1, got {self.warmup} + {self.prune}")
         return self
+
+    def shares(self) -> dict[str, float]:
+        """The three phases, for :func:`phase_ends`."""
+        return {"warmup": self.warmup, "prune": self.prune, "settle": 1 - self.warmup - self.prune}
+
+
+def phase_ends(key: str, shares: Mapping[str, float], total_steps: int) -> list[int]:
+    """The last step of every phase of a run but the last one, which ends with the run.
+
+    Args:
+        key: of the shares, for the message.
+        shares: of the run, by phase in their order; they add up to 1. A share of 0 is no phase.
+        total_steps: of the run.
+
+    Raises:
+        ConfigError: if a phase has no step.
+    """
+    sums = itertools.accumulate(shares.values())
+    ends = [min(total_steps, round(share * total_steps)) for share in sums]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    empty = [name for (name, share), steps in zip(shares.items(), lengths, strict=True) if share > 1e-9 and steps < 1]
+    if empty:
+        said = ", ".join(f"{name} {steps}" for name, steps in zip(shares, lengths, strict=True))
+        raise ConfigError(
+            f"{key}: of {total_steps} steps the phases have {said}; expected at least 1 for "
+            f"{' and '.join(empty)}: raise trainer.max_steps, or the phase's share"
+        )
+    return ends[:-1]
 
 
 def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: int | None = None) -> Tensor:

@@ -47,7 +47,7 @@ from pydantic import Field
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import PhaseOptions, best_components, settle
+from autolora.strategies.pruning import PhaseOptions, best_components, phase_ends, settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,8 +119,7 @@ class SoRA(Strategy[Options]):
         import torch
 
         phases = self.options.phases
-        self.prune_from = round(phases.warmup * total_steps)
-        self.settle_from = min(total_steps, round((phases.warmup + phases.prune) * total_steps))
+        self.prune_from, self.settle_from = phase_ends("strategy.phases", phases.shares(), total_steps)
         if self.settle_from <= self.prune_from or (self.options.normalize and not self.prune_from):
             raise ConfigError(
                 f"strategy=sora: phases.warmup={phases.warmup} and phases.prune={phases.prune} of {total_steps} steps "

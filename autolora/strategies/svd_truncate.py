@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Strategy, StrategyOptions, reset_optimizer_state
 from autolora.strategies.pruning import best_components, keep
@@ -50,9 +51,18 @@ class SVDTruncate(Strategy[Options]):
         return super().attach(model, settings)
 
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
-        """Find the step of the cut; with ``share=1`` it is left to :meth:`finalize`."""
+        """Find the step of the cut; with ``share=1`` it is left to :meth:`finalize`.
+
+        Raises:
+            ConfigError: if there is no step after the cut.
+        """
         step = max(1, round(self.options.share * total_steps))
         self.cut_after = step if self.options.share < 1 else None
+        if self.cut_after == total_steps:
+            raise ConfigError(
+                f"strategy.share={self.options.share} of {total_steps} steps leaves none after the cut, and the ranks "
+                "would never be trained alone: raise trainer.max_steps, or take strategy.share=1 to mean that"
+            )
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Cut when it is time."""

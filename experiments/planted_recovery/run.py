@@ -58,13 +58,14 @@ EVERYWHERE = {
     "sora": ("strategy=sora",),
     "svd_truncate": ("strategy=svd_truncate",),
 }
+IN_SMALL_ROUNDS = "strategy.growth_interval=10"  # 30 of them: one or two components each
 ALL_ROWS = "strategy.heldout_rows=null"
 ALONE = "strategy.against_random=false"  # random plans are in the table
 OTHERS = {
     "autolora_bilevel": ("strategy=autolora_bilevel",),
     "dylora": ("strategy=dylora", "strategy.select=greedy"),
-    "growth_gradient": ("strategy=dynamic_growth",),
-    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
+    "growth_gradient": ("strategy=dynamic_growth", "strategy.min_rank=0", IN_SMALL_ROUNDS),
+    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora", IN_SMALL_ROUNDS),
     "eva": ("strategy=eva",),
     "gradient": ("strategy=gradient",),
     "spectral": ("strategy=spectral",),
@@ -83,7 +84,7 @@ ENCODER, DRAWN = "encoder", "drawn"
 ON_ENCODER = Regime(("task.text=cola", "data.batch_size=16", "data.max_heldout=256"), steps=500)
 """``task=planted_encoder``: a pretrained encoder on real sentences. The ranks are drawn for each seed."""
 
-IN_ENCODER = ("autolora", PEFT_ADALORA, "adalora", "sora", "svd_truncate", *SEARCHES, "uniform")
+IN_ENCODER = ("autolora", "autolora_bilevel", PEFT_ADALORA, "adalora", "sora", "svd_truncate", *SEARCHES, "uniform")
 
 WITHOUT_TOTAL = ("autolora", "sora", PEFT_ADALORA)
 """Methods that have an answer without a total; PEFT's AdaLoRA takes its default target, 8 for each module."""

@@ -288,6 +288,13 @@ def test_phases_that_do_not_fit_are_an_error_with_the_numbers() -> None:
         begun(strategy, pair_of(), 2)
 
 
+def test_ranks_that_would_never_be_trained_alone_are_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"t_final=0.5 of 1 steps is none, and the ranks would never be trained alone"
+    ):
+        begun(adalora(Budget(rank=1), t_init=0.0, t_final=0.5), pair_of(), 1)
+
+
 def test_options_that_leave_no_room() -> None:
     with pytest.raises(ValueError, match=r"t_init \+ t_final: expected less than 1, got 0.5 \+ 0.5"):
         AdaLoRA.Options(t_init=0.5, t_final=0.5)

@@ -52,6 +52,13 @@ def test_ranks_are_those_of_the_file_and_zero_elsewhere(tmp_path: Path) -> None:
     assert nonzero(plan_of(write(tmp_path, EXACT))) == {QUERY.format(0): 3, "bert.pooler.dense": 1}
 
 
+@pytest.mark.parametrize("name", ["ranks.json", "adapter_config.json"])
+def test_a_run_or_an_adapter_stands_for_the_file_in_it(tmp_path: Path, name: str) -> None:
+    content = EXACT if name == "ranks.json" else {"peft_type": "LORA", "r": 1, "target_modules": ["pooler.dense"]}
+    write(tmp_path, content, name)
+    assert plan_of(tmp_path) == plan_of(tmp_path / name)
+
+
 def test_an_exact_name_goes_before_a_pattern(tmp_path: Path) -> None:
     plan = plan_of(write(tmp_path, {"query": 4, QUERY.format(1): 2}))
     assert nonzero(plan) == {QUERY.format(0): 4, QUERY.format(1): 2}

@@ -293,7 +293,8 @@ def test_prompts_start_as_words_or_as_noise() -> None:
 def test_prefixes_may_come_out_of_a_network() -> None:
     """Five embeddings of width 16, through a hidden layer of 7, into keys and values of two layers."""
     counts = put("prefix", make("bert"), projection=7).adapters.count()
-    assert counts["added"] == 5 * 16 + (16 * 7 + 7) + (7 * 64 + 64)
+    assert counts["trainable"] - counts["head"] == 5 * 16 + (16 * 7 + 7) + (7 * 64 + 64)
+    assert counts["added"] == 5 * 2 * 2 * 16  # the network is thrown away
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -401,11 +402,15 @@ def test_a_run_its_files_and_its_exports(
         "bitfit": 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32,
         "full": params.backbone,
         "prompt": 20 * 32,
-        "prefix": 20 * 32 + (32 * 6 + 6) + (6 * 128 + 128),
+        "prefix": 20 * 2 * 2 * 32,
         "ia3": 2 * (32 + 32 + 64),
     }
     assert (params.adapter, params.extra, params.head, params.budget) == (0, extra.get(name, 0), head, None)
-    assert params.peak_trainable == extra.get(name, 0) + head
+    network = 20 * 32 + (32 * 6 + 6) + (6 * 128 + 128)  # that the prefixes come out of
+    assert params.peak_trainable == (network if name == "prefix" else extra.get(name, 0)) + head
+    if name in ("prompt", "prefix", "ia3"):
+        tensors = load_file(files.adapter / "adapter_model.safetensors")
+        assert result.adapter_bytes == sum(tensor.nbytes for key, tensor in tensors.items() if "classifier" not in key)
     assert (
         params.backbone
         == sum(p.numel() for p in load_backbone(path=tiny_bert_dir, num_labels=2).model.parameters()) - head

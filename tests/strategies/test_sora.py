@@ -220,11 +220,22 @@ def test_without_a_warm_up_the_gates_learn_from_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phases", "steps", "counts"),
-    [({"warmup": 0.1, "prune": 0.5}, 4, "0 and 2"), ({"warmup": 0.5, "prune": 0.1}, 4, "2 and 0")],
+    ("phases", "steps", "message"),
+    [
+        (
+            {"warmup": 0.1, "prune": 0.5},
+            4,
+            "of 4 steps the phases have warmup 0, prune 2, settle 2; .* for warmup: raise",
+        ),
+        (
+            {"warmup": 0.5, "prune": 0.1},
+            4,
+            "of 4 steps the phases have warmup 2, prune 0, settle 2; .* for prune: raise",
+        ),
+        ({"warmup": 0.0, "prune": 0.5}, 4, r"phases.warmup=0.0 and phases.prune=0.5 of 4 steps are 0 and 2: "),
+    ],
 )
-def test_phases_that_do_not_fit_are_an_error_with_the_numbers(phases: Any, steps: int, counts: str) -> None:
-    message = f"phases.warmup={phases['warmup']} and phases.prune={phases['prune']} of {steps} steps are {counts}: "
+def test_phases_that_do_not_fit_are_an_error_with_the_numbers(phases: Any, steps: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         begun(sora(Budget(rank=1), phases=phases), pair_of(), steps)
 

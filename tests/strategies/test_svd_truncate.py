@@ -13,6 +13,7 @@ from test_resume import Stopper, interrupted_run, outcome, planted, stopper  # n
 from torch.optim import AdamW, Optimizer
 
 from autolora.adapters import Adapters, AdapterSettings
+from autolora.errors import ConfigError
 from autolora.plan import Budget
 from autolora.run import run_one
 from autolora.strategies.base import GroupRates, Rates
@@ -142,6 +143,11 @@ def test_the_cut_comes_after_its_share_of_the_steps(share: float, steps: int, fi
     assert 0 < fitted.plan.params <= 100
     assert strategy.settled
     assert strategy.notes == []
+
+
+def test_a_cut_that_nothing_follows_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"share=0.5 of 1 steps leaves none after the cut, and the ranks would never"):
+        begun(truncate(Budget(params=100)), steps=1)
 
 
 def test_a_run_that_ended_before_its_cut_says_so() -> None:
