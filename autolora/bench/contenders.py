@@ -28,6 +28,7 @@ from autolora.strategies.base import Batch, Strategy
 from autolora.training.optimizer import make_optimizer
 
 BUDGET_RANK = 4
+_WITHOUT_BUDGET = ("autolora_paper",)
 _SETTLING_STEPS = 3  # in a phase, before the next begins
 
 
@@ -115,11 +116,10 @@ class Ours(Contender):
 
 
 def make_strategy(name: str, budget_rank: float) -> Strategy[Any]:
-    """A strategy with its default options and the default largest rank, under a budget."""
+    """A strategy with its default options and the default largest rank, under a budget if it takes one."""
     config = run_config(name)
-    return strategies.make_strategy(
-        name, config.strategy.options, budget=Budget(rank=budget_rank), max_rank=config.max_rank
-    )
+    budget = Budget() if name in _WITHOUT_BUDGET else Budget(rank=budget_rank)
+    return strategies.make_strategy(name, config.strategy.options, budget=budget, max_rank=config.max_rank)
 
 
 def autolora_in(phase: str, subject: Subject, precision: Precision) -> Ours:

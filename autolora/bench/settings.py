@@ -24,8 +24,8 @@ Run = Literal["uniform8", "autolora8", "peft8-usual", "peft8-best"]
 Part = Literal["train", "evaluate", "memory", "once"]
 Suite = Literal["steps", "run", "strategies"]
 Name = TypeVar("Name", bound=str)
-WITHOUT_BOOKKEEPING = ("head", "bitfit", "full", "prompt", "prefix", "ia3", "manual", "autolora_paper")
-"""Strategies that ``suite=strategies`` leaves out: no ranks, or none without a file or a model of its own."""
+WITHOUT_BOOKKEEPING = ("head", "bitfit", "full", "prompt", "prefix", "ia3", "manual")
+"""Strategies that ``suite=strategies`` leaves out: no ranks, or none without a file."""
 
 
 def _separated(value: Any) -> Any:
@@ -119,7 +119,7 @@ class StrategiesSettings(Settings):
     only: Annotated[tuple[str, ...] | None, BeforeValidator(_separated)] = None
 
     def chosen(self) -> list[str]:
-        """The strategies that are to be measured: those with a budget.
+        """The strategies that are to be measured: those that choose ranks.
 
         Raises:
             ConfigError: if one does not exist.
