@@ -58,14 +58,16 @@ EVERYWHERE = {
     "sora": ("strategy=sora",),
     "svd_truncate": ("strategy=svd_truncate",),
 }
-IN_SMALL_ROUNDS = "strategy.growth_interval=10"  # 30 of them: one or two components each
+FINE = "strategy.growth_interval=10"  # 30 rounds of one or two components instead of 8 that open one in every module
 ALL_ROWS = "strategy.heldout_rows=null"
 ALONE = "strategy.against_random=false"  # random plans are in the table
 OTHERS = {
     "autolora_bilevel": ("strategy=autolora_bilevel",),
     "dylora": ("strategy=dylora", "strategy.select=greedy"),
-    "growth_gradient": ("strategy=dynamic_growth", "strategy.min_rank=0", IN_SMALL_ROUNDS),
-    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora", IN_SMALL_ROUNDS),
+    "growth_gradient": ("strategy=dynamic_growth",),
+    "growth_increlora": ("strategy=dynamic_growth", "strategy.importance=increlora"),
+    "growth_gradient_fine": ("strategy=dynamic_growth", "strategy.min_rank=0", FINE),
+    "growth_increlora_fine": ("strategy=dynamic_growth", "strategy.importance=increlora", FINE),
     "eva": ("strategy=eva",),
     "gradient": ("strategy=gradient",),
     "spectral": ("strategy=spectral",),
