@@ -269,7 +269,7 @@ def test_a_signal_before_the_fit_waits_for_the_step_and_is_recorded(
 
 
 def test_a_signal_before_a_forced_run_leaves_the_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = planted(tmp_path, "trainer.max_steps=2")
+    cfg = planted(tmp_path, "trainer.max_steps=4")
     run_one(cfg)
     before = directory_in(cfg.run_root).result.read_bytes()
     original = autolora.run.make_problem
@@ -343,7 +343,7 @@ def test_a_signal_during_evaluation_ends_at_once_and_nothing_is_trained_again(
 
 def test_signals_have_their_usual_effect_after_a_run(tmp_path: Path) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-    run_one(planted(tmp_path, "trainer.max_steps=2"))
+    run_one(planted(tmp_path, "trainer.max_steps=4"))
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 

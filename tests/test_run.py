@@ -140,33 +140,33 @@ def test_predictions_are_those_of_the_saved_adapter(configure: Any, tiny_bert_di
 def test_a_complete_configuration_is_not_run_again_unless_forced(
     configure: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = configure("trainer.max_steps=2")
+    cfg = configure("trainer.max_steps=4")
     first = run_one(cfg)
     written = directory_of(cfg, first).result.stat().st_mtime_ns
     assert run_one(cfg) == first
     assert "complete already" in capsys.readouterr().out
     assert directory_of(cfg, first).result.stat().st_mtime_ns == written
-    run_one(configure("trainer.max_steps=2", "force=true"))
+    run_one(configure("trainer.max_steps=4", "force=true"))
     assert directory_of(cfg, first).result.stat().st_mtime_ns != written
 
 
 def test_other_data_is_another_run(configure: Any, tmp_path: Path) -> None:
     other = write_sst2(tmp_path / "other", flip_dev=True)
-    one, two = configure("trainer.max_steps=2"), configure("trainer.max_steps=2", data=other)
+    one, two = configure("trainer.max_steps=4"), configure("trainer.max_steps=4", data=other)
     assert directory_of(one, run_one(one)).path != directory_of(two, run_one(two)).path
 
 
 def test_other_weights_in_the_same_folder_are_another_run(configure: Any, tiny_bert_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_bert_dir, model)
-    first = run_one(configure(f"backbone.path={model}", "trainer.max_steps=2"))
+    first = run_one(configure(f"backbone.path={model}", "trainer.max_steps=4"))
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(model, moved)
-    assert run_one(configure(f"backbone.path={moved}", "trainer.max_steps=2")) == first
+    assert run_one(configure(f"backbone.path={moved}", "trainer.max_steps=4")) == first
     weights = load_file(model / "model.safetensors")
     weights["encoder.layer.0.attention.self.key.weight"] *= 2
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    second = run_one(configure(f"backbone.path={model}", "trainer.max_steps=2"))
+    second = run_one(configure(f"backbone.path={model}", "trainer.max_steps=4"))
     assert second.backbone_fingerprint != first.backbone_fingerprint
     assert second.config_hash != first.config_hash
 
