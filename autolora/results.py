@@ -36,7 +36,7 @@ _PACKAGES = (
     "hydra-core", "pydantic", "wandb", "peft",
 )  # fmt: skip
 # What says where a run is kept and how it is watched, not what it computes. The data themselves are in the fingerprint.
-_NOT_IDENTITY = (
+NOT_IDENTITY = (
     "run_root", "force", "logger", "data.source", "data.dir", "data.cache_dir", "data.num_workers", "backbone.path",
     "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_minutes",
     "trainer.keep_checkpoints",
@@ -378,7 +378,7 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbon
     tree = cfg.model_dump(mode="json")
     if tree["strategy"].get("fingerprint"):
         del tree["strategy"]["path"]
-    for key in _NOT_IDENTITY:
+    for key in NOT_IDENTITY:
         *parents, last = key.split(".")
         node = tree
         for parent in parents:

@@ -48,7 +48,7 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
         console.print(f"  trained again at {_CONTROLS[result.retrain]}", highlight=False)
     console.print(heat_table(result.ranks))
     spent = {name: getattr(seconds, name) for name in ("fit", "select", "compare", "retrain", "evaluate")}
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items() if value >= 0.05)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in spent.items() if value)
     console.print(
         f"  {seconds.total:.1f} s ({parts}), {result.steps} steps, {result.examples_per_second:.0f} examples/s",
         highlight=False,

@@ -1,0 +1,79 @@
+"""Compare runs: ``python -m autolora.report runs=DIR[,DIR...] out=DIR``. Reads run directories and never trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from autolora.config import PathLike, Section, Text
+from autolora.errors import AutoLoRAError, ConfigError
+from autolora.validate import parse
+
+_HELP = """\
+usage: python -m autolora.report runs=DIR[,DIR...] out=DIR [reference=STRATEGY] [title=TEXT]
+
+Compare the runs under some folders and write the report: index.html (opens offline), results.csv, table.md, table.tex,
+sentences.txt and figures/.
+
+  runs=DIR,DIR         folders of run directories, or run directories
+  out=DIR              where the report goes; what is there already is replaced
+  reference=STRATEGY   what the others are compared with (default: uniform); a strategy or a label of the table
+  title=TEXT           of the page
+
+Exit codes: 0 done, 1 nothing to report or it cannot be written, 2 the command line is wrong.
+"""
+
+
+class Settings(Section):
+    """The command line."""
+
+    runs: Text
+    out: PathLike
+    reference: Text | None = None
+    title: Text = "Rank selection"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the command line, then write the report.
+
+    Args:
+        argv: arguments in place of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: 1 if there is nothing to report or it cannot be written, 2 if the command line is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(_HELP, end="")
+        return
+    try:
+        report(parse(Settings, arguments))
+    except AutoLoRAError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def report(settings: Settings) -> None:
+    """Write the report, and print what it says and what it could not use.
+
+    Raises:
+        AutoLoRAError: if there is nothing to report, no such reference, or no place to write to.
+    """
+    from autolora.reporting.report import write_report
+    from autolora.reporting.runs import load_runs
+
+    found = load_runs([Path(part) for part in settings.runs.split(",") if part])
+    arenas = write_report(found, settings.out, title=settings.title, reference=settings.reference)
+    for arena in arenas:
+        print(arena.name, *(f"  {line}" for line in arena.sentences()), sep="\n")
+    for line in found.flagged:
+        print(f"warning: {line}")
+    if found.skipped:
+        print(f"{len(found.skipped)} directories were not used:")
+        print(*(f"  {path}: {reason.splitlines()[0]}" for path, reason in found.skipped), sep="\n")
+    print(f"written to {settings.out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

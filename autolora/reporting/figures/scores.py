@@ -1,0 +1,187 @@
+"""Scores against what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from autolora.reporting.figures.canvas import Figure, grid, legend, looks
+from autolora.reporting.runs import Run, Variant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant on one task: mean cost, mean score and its standard deviation over seeds."""
+
+    label: str
+    cost: float
+    score: float
+    sd: float
+    seeds: int
+
+
+def points(variants: Sequence[Variant], task: str, cost: Callable[[Run], float]) -> list[Point]:
+    """The variants that have the task."""
+    found = []
+    for variant in variants:
+        runs = [run for run in variant.runs.get(task, {}).values() if run.value is not None]
+        if runs:
+            values = [shown_score(run) for run in runs]
+            sd = stdev(values) if len(values) > 1 else 0.0
+            found.append(Point(variant.label, fmean(map(cost, runs)), fmean(values), sd, len(values)))
+    return found
+
+
+def shown_score(run: Run) -> float:
+    """The primary metric as it is drawn: in points, or an error as it is."""
+    value = run.result.metrics.value
+    assert value is not None
+    return value if run.lower_is_better else 100 * value
+
+
+def front(found: Sequence[Point], *, lower_is_better: bool) -> list[Point]:
+    """The points that no other beats in cost and score at once (Pareto), by cost."""
+    best: list[Point] = []
+    sign = -1 if lower_is_better else 1
+    for point in sorted(found, key=lambda p: (p.cost, -sign * p.score)):
+        if not best or sign * point.score > sign * best[-1].score:
+            best.append(point)
+    return best
+
+
+def score_against(
+    variants: Sequence[Variant], name: str, caption: str, axis: str, cost: Callable[[Run], float]
+) -> Figure:
+    """Score against a cost, a panel for each task, with the Pareto front."""
+    tasks = task_runs(variants)
+    drawn, axes = grid(len(tasks))
+    styles = looks([variant.label for variant in variants])
+    figure = Figure(name, caption, drawn)
+    for ax, (task, some) in zip(axes, tasks.items(), strict=True):
+        found = points(variants, task, cost)
+        on_front = front(found, lower_is_better=some.lower_is_better)
+        ax.plot([p.cost for p in on_front], [p.score for p in on_front], color="#888888", linewidth=1, zorder=1)
+        for point in found:
+            _mark(figure, ax, point, point.cost, styles[point.label], axis)
+        dress(ax, task, some, axis, [p.cost for p in found], log_score=some.lower_is_better)
+    legend(drawn, styles)
+    return figure
+
+
+def budget_curves(variants: Sequence[Variant]) -> Figure | None:
+    """Score against the budget, a line for each strategy that was run at several; ``None`` if none was."""
+    by_strategy: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if all(run.result.params.budget for run in variant.all_runs()):
+            by_strategy.setdefault(variant.strategy, []).append(variant)
+    several = {strategy: group for strategy, group in by_strategy.items() if len(_budgets(group)) > 1}
+    if not several:
+        return None
+    tasks = task_runs([variant for group in several.values() for variant in group])
+    drawn, axes = grid(len(tasks))
+    styles = looks(list(several))
+    figure = Figure("budget_curves", "Score against the budget. Bars: one standard deviation over seeds.", drawn)
+    for ax, (task, some) in zip(axes, tasks.items(), strict=True):
+        costs = []
+        for strategy, group in several.items():
+            found = sorted(points(group, task, lambda run: float(run.result.params.budget or 0)), key=lambda p: p.cost)
+            ax.plot([p.cost for p in found], [p.score for p in found], color=styles[strategy]["color"], linewidth=1)
+            for point in found:
+                _mark(figure, ax, point, point.cost, styles[strategy], "parameters of the budget")
+            costs += [p.cost for p in found]
+        dress(ax, task, some, "parameters of the budget", costs, log_score=some.lower_is_better)
+    legend(drawn, styles)
+    return figure
+
+
+def _budgets(group: Sequence[Variant]) -> set[int | None]:
+    return {run.result.params.budget for variant in group for run in variant.all_runs()}
+
+
+def panel(variants: Sequence[Variant]) -> Figure:
+    """Two by two: score, efficiency, parameters and trade-off, by strategy and task."""
+    tasks = task_runs(variants)
+    drawn, (score, efficiency, parameters, trade) = grid(4, columns=2, width=4.6, height=3.0)
+    styles = looks(list(tasks))
+    caption = (
+        "Score, score for each thousand adapter parameters, adapter parameters, and score against parameters "
+        "(trade-off), by strategy and task."
+    )
+    figure = Figure("panel", caption, drawn)
+    table = {task: {p.label: p for p in points(variants, task, adapter_parameters)} for task in tasks}
+    labels = [variant.label for variant in variants]
+    kinds: list[tuple[Any, str, Callable[[Point], float]]] = [
+        (score, "score", lambda p: p.score),
+        (efficiency, "score / 1,000 parameters", lambda p: p.score / max(p.cost / 1000, 1e-9) if p.cost else 0.0),
+        (parameters, "adapter parameters", lambda p: p.cost),
+    ]
+    for ax, title, height in kinds:
+        _bars(figure, ax, title, labels, table, styles, height)
+    for task, by_label in table.items():
+        for point in by_label.values():
+            _mark(figure, trade, point, point.cost, styles[task], "adapter parameters", task)
+    trade.set(xlabel="adapter parameters", ylabel="score")
+    trade.set_xscale("symlog", linthresh=1000)
+    legend(drawn, styles)
+    return figure
+
+
+def _bars(
+    figure: Figure,
+    ax: Axes,
+    title: str,
+    labels: Sequence[str],
+    table: Mapping[str, Mapping[str, Point]],
+    styles: Mapping[str, Mapping[str, Any]],
+    height: Callable[[Point], float],
+) -> None:
+    width = 0.8 / max(1, len(table))
+    for i, (task, by_label) in enumerate(table.items()):
+        for x, label in enumerate(labels):
+            if label in by_label:
+                value = height(by_label[label])
+                (bar,) = ax.bar(x + (i - (len(table) - 1) / 2) * width, value, width, color=styles[task]["color"])
+                figure.tip(bar, f"{label}, {task}: {title} {value:,.4g}")
+    ax.set_title(title, fontsize=9)
+    ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=7)
+    ax.grid(axis="x", visible=False)
+
+
+def adapter_parameters(run: Run) -> float:
+    """What is trained besides the head: A and B, and whatever else a method has."""
+    return float(run.result.params.adapter + run.result.params.extra)
+
+
+def task_runs(variants: Sequence[Variant]) -> dict[str, Run]:
+    """One run of each task, by task in alphabetical order."""
+    some = {run.task: run for variant in variants for run in variant.all_runs() if run.value is not None}
+    return dict(sorted(some.items()))
+
+
+def _mark(
+    figure: Figure, ax: Axes, point: Point, x: float, style: Mapping[str, Any], axis: str, task: str | None = None
+) -> None:
+    ax.errorbar(x, point.score, yerr=point.sd or None, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2)
+    (mark,) = ax.plot(x, point.score, linestyle="none", markersize=6, **style)
+    seeds = f"± {point.sd:.3g} over {point.seeds} seeds" if point.seeds > 1 else "one seed"
+    where = f"{point.label}, {task}" if task else point.label
+    figure.tip(mark, f"{where}: {point.score:.4g} ({seeds}), {axis} {point.cost:,.0f}")
+
+
+def dress(ax: Axes, task: str, some: Run, axis: str, costs: Sequence[float], *, log_score: bool) -> None:
+    """Title, labels and scales of a panel; costs that span more than a factor of 8 have a logarithmic one."""
+    ax.set_title(task, fontsize=9)
+    ax.set(xlabel=axis, ylabel=some.result.metrics.primary.replace("_", " "))
+    positive = [cost for cost in costs if cost > 0]
+    if positive and max(positive) > 8 * min(positive):
+        if len(positive) == len(costs):
+            ax.set_xscale("log")
+        else:
+            ax.set_xscale("symlog", linthresh=min(positive))
+    if log_score:
+        ax.set_yscale("log")

@@ -1,0 +1,84 @@
+"""Gates and ranks over training, from the histories of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autolora.reporting.figures.canvas import Figure, grid, looks
+from autolora.reporting.figures.scores import task_runs
+from autolora.reporting.runs import Run, Variant
+from autolora.results import RunDirectory
+from autolora.roles import role_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_MOST = 12
+
+
+def over_training(variants: Sequence[Variant]) -> Figure | None:
+    """Open gates by role over training, a panel for each strategy that changes them.
+
+    One run of each: the first task and seed. A line is the mean number of active components of the modules of a role,
+    which is their rank at that step.
+    """
+    tasks = list(task_runs(variants))
+    histories = {}
+    for variant in variants:
+        run = next((run for task in tasks for _, run in sorted(variant.runs.get(task, {}).items())), None)
+        table = read_history(run) if run else None
+        if run is not None and table is not None and _changes(table):
+            histories[variant.label] = (run, table)
+    histories = dict(list(histories.items())[:_MOST])
+    if not histories:
+        return None
+    drawn, axes = grid(len(histories), width=3.2, height=2.4)
+    figure = Figure(
+        "over_training",
+        "Active components (open gates) of a module over training, mean by role; one run for each strategy.",
+        drawn,
+    )
+    roles = sorted({role for _, table in histories.values() for role in _by_role(table)})
+    styles = looks(roles)
+    for ax, (label, (run, table)) in zip(axes, histories.items(), strict=True):
+        for role, values in _by_role(table).items():
+            (line,) = ax.plot(table["step"], values, color=styles[role]["color"], linewidth=1.4)
+            figure.tip(
+                line, f"{label}, {role}: {values.iloc[0]:.3g} components at first, {values.iloc[-1]:.3g} at last"
+            )
+        ax.set_title(f"{label} ({run.task}, seed {run.result.seed})", fontsize=8)
+        ax.set(xlabel="step", ylabel="components per module")
+    _legend(drawn, {role: styles[role]["color"] for role in roles})
+    return figure
+
+
+def read_history(run: Run) -> DataFrame | None:
+    """The history of the training in which ranks were chosen, or ``None`` if it cannot be read or is empty."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(RunDirectory(run.path).history)
+    except (OSError, ValueError):
+        return None
+    return table if len(table) and "step" in table else None
+
+
+def _changes(table: DataFrame) -> bool:
+    ranks = table[[column for column in table if str(column).startswith("rank:")]]
+    return bool((ranks.nunique() > 1).any())
+
+
+def _by_role(table: DataFrame) -> dict[str, Any]:
+    groups: dict[str, list[str]] = {}
+    for column in map(str, table):
+        if column.startswith("rank:"):
+            groups.setdefault(str(role_of(column.removeprefix("rank:")).value), []).append(column)
+    return {role: table[columns].mean(axis=1) for role, columns in groups.items()}
+
+
+def _legend(drawn: Any, colours: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=role) for role, colour in colours.items()]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), fontsize=8)

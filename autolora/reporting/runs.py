@@ -1,0 +1,306 @@
+"""Run directories, read: results, configurations and, when they are asked for, predictions. Nothing is trained.
+
+What cannot be used is not an error but a finding: half-written results, older schemas, runs that failed or were
+interrupted, and runs of one configuration that disagree are counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from autolora.errors import DataError
+from autolora.reporting.statistics import Array, Scored
+from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
+
+LOWER_IS_BETTER = ("excess_error", "mse")
+_EXAMPLE_METRICS = ("accuracy", "matthews", "pearson")
+_SAME = 1e-6
+_PLANTED = ("planted", "planted_encoder")
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One complete run: what it says of itself, and the configuration that led to it, one value for each dotted key.
+
+    ``task`` is unique to what is learned: with the settings of a planted task, and with the fingerprint of the data
+    where the same source gave different rows.
+    """
+
+    path: Path
+    result: RunResult
+    config: Mapping[str, Any]
+    task: str
+
+    @property
+    def value(self) -> float | None:
+        """The primary metric on dev, larger is better: errors are negative."""
+        value = self.result.metrics.value
+        return None if value is None else -value if self.lower_is_better else value
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the primary metric is an error."""
+        return self.result.metrics.primary in LOWER_IS_BETTER
+
+    @property
+    def arena(self) -> tuple[str, str, str]:
+        """Source of the data, backbone and its weights: runs that differ in it are never averaged or compared."""
+        return self.result.data_source, self.result.backbone, self.result.backbone_fingerprint
+
+    @cached_property
+    def scored(self) -> Scored | None:
+        """The score as a function of the predictions on dev; ``None`` where they are missing or say something else."""
+        metric, value = self.result.metrics.primary, self.result.metrics.value
+        if metric not in _EXAMPLE_METRICS or value is None:
+            return None
+        columns = _read_dev(RunDirectory(self.path).predictions)
+        if columns is None:
+            return None
+        scored = Scored.of(metric, *columns)
+        return scored if abs(scored.value() - value) <= _SAME else None
+
+
+@dataclass
+class Found:
+    """What lies under some folders.
+
+    Args:
+        runs: complete runs, each configuration once.
+        skipped: path and reason of what cannot be used.
+        flagged: sentences on what is suspicious.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    flagged: list[str] = field(default_factory=list)
+
+
+def load_runs(roots: Sequence[Path]) -> Found:
+    """Read every run under the folders: run directories themselves, or folders of them.
+
+    Raises:
+        DataError: if a folder is not there, or there is not one run in any of them.
+    """
+    directories = list(dict.fromkeys(directory for root in roots for directory in _directories(root)))
+    return read_runs(directories, ", ".join(map(str, roots)))
+
+
+def read_runs(directories: Iterable[Path], where: str) -> Found:
+    """Read run directories; ``where`` they were looked for is for the message.
+
+    Raises:
+        DataError: if there is not one complete run.
+    """
+    found = Found()
+    for directory in directories:
+        try:
+            result = read_result(directory)
+            if result.status != "complete":
+                found.skipped.append((directory, result.status))
+                continue
+            config = _flat(yaml.load(RunDirectory(directory).config.read_text(encoding="utf-8"), _Loader))
+            found.runs.append(Run(directory, result, config, _task(result, config)))
+        except DataError as error:
+            found.skipped.append((directory, str(error).removeprefix(f"{directory}/")))
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            found.skipped.append((directory, f"config.yaml: {type(error).__name__}: {error}"))
+    if not found.runs:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:10])
+        raise DataError(f"{where}: expected run directories with a complete result.json, found none{reasons}")
+    _keep_one_of_each(found)
+    found.runs = _tell_data_apart(found.runs)
+    return found
+
+
+def _task(result: RunResult, config: Mapping[str, Any]) -> str:
+    if result.task not in _PLANTED:
+        return result.task
+    said = [
+        f"{key}={_short(config[f'task.{key}'])}"
+        for key in ("ranks", "text", "profile", "noise")
+        if config.get(f"task.{key}")
+    ]
+    return f"{result.task} ({', '.join(said)})" if said else result.task
+
+
+def _tell_data_apart(runs: Sequence[Run]) -> list[Run]:
+    """Tasks with the fingerprint of their data where there are several; a planted task has one for each seed."""
+    prints: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        prints.setdefault((run.result.data_source, run.task), set()).add(run.result.data_fingerprint)
+    several = {key for key, found in prints.items() if len(found) > 1}
+    return [
+        replace(run, task=f"{run.task} [{run.result.data_fingerprint}]")
+        if run.result.task not in _PLANTED and (run.result.data_source, run.task) in several
+        else run
+        for run in runs
+    ]
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    """Folders under ``root`` that a run has begun in."""
+    if not root.is_dir():
+        raise DataError(f"runs={root}: there is no such folder (relative to {Path.cwd()})")
+    if (root / "config.yaml").is_file() or (root / "result.json").is_file():
+        yield root
+        return
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and ((folder / "result.json").is_file() or (folder / "config.yaml").is_file()):
+            yield folder
+
+
+def _keep_one_of_each(found: Found) -> None:
+    """One run of each configuration; two that differ in their numbers are flagged."""
+    kept: dict[str, Run] = {}
+    for run in found.runs:
+        first = kept.setdefault(run.result.config_hash, run)
+        if first is run:
+            continue
+        same = (first.result.metrics.all, first.result.ranks) == (run.result.metrics.all, run.result.ranks)
+        if not same:
+            found.flagged.append(
+                f"{run.path} and {first.path} have the same configuration and different numbers "
+                f"({run.result.metrics.primary} {run.result.metrics.value} and {first.result.metrics.value}); the "
+                "second is used"
+            )
+        found.skipped.append((run.path, f"the same configuration as {first.path}"))
+    found.runs = list(kept.values())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One value for each dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_dev(path: Path) -> tuple[Array, Array] | None:
+    """Predictions and labels of the split "dev", in the order of their ids."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, usecols=["split", "id", "label", "prediction"], dtype={"split": "category"})
+    except (OSError, ValueError):
+        return None
+    dev = table[table["split"] == "dev"].sort_values("id", kind="stable")
+    columns = dev["prediction"].to_numpy(np.float64), dev["label"].to_numpy(np.float64)
+    return columns if len(dev) and all(np.isfinite(column).all() for column in columns) else None
+
+
+# Variants ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: a strategy together with everything of the configuration that runs of it differ in.
+
+    Args:
+        label: unique among the variants of an arena.
+        runs: by task, then by seed.
+    """
+
+    label: str
+    strategy: str
+    runs: Mapping[str, Mapping[int, Run]]
+
+    def all_runs(self) -> list[Run]:
+        """Every run of it."""
+        return [run for by_seed in self.runs.values() for run in by_seed.values()]
+
+
+def variants(runs: Sequence[Run], flagged: list[str]) -> list[Variant]:
+    """Sort the runs of one arena into variants.
+
+    Runs of one task and strategy that differ in a key besides the seed are different variants, and so are runs at
+    different budgets, whatever their tasks: those are never averaged. What was varied is in the label.
+
+    Args:
+        runs: of one arena.
+        flagged: takes a sentence for each run that would stand in the place of another.
+    """
+    varied = _varied_keys(runs)
+    by_identity: dict[str, list[Run]] = {}
+    for run in runs:
+        keys = varied[run.result.strategy] | {key for key in run.config if key.startswith("budget.")}
+        identity = {key: run.config.get(key) for key in sorted(keys)} | {"strategy": run.result.strategy}
+        by_identity.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(run)
+    labels = _labels(list(by_identity.values()), varied)
+    found = []
+    for label, group in zip(labels, by_identity.values(), strict=True):
+        table: dict[str, dict[int, Run]] = {}
+        for run in group:
+            first = table.setdefault(run.task, {}).setdefault(run.result.seed, run)
+            if first is not run:
+                flagged.append(f"{run.path} differs from {first.path} in its data alone; the second is used")
+        found.append(Variant(label, group[0].result.strategy, table))
+    return sorted(found, key=lambda variant: variant.label)
+
+
+def _varied_keys(runs: Sequence[Run]) -> dict[str, set[str]]:
+    """By strategy: the keys in which its runs on one task differ, without the seed and what is no part of identity."""
+    seen: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for run in runs:
+        values = seen.setdefault((run.result.strategy, run.task), {})
+        for key, value in run.config.items():
+            values.setdefault(key, set()).add(json.dumps(value, sort_keys=True, default=str))
+    varied: dict[str, set[str]] = {run.result.strategy: set() for run in runs}
+    for (strategy, _), values in seen.items():
+        varied[strategy] |= {key for key, found in values.items() if len(found) > 1 and _decides(key)}
+    return varied
+
+
+def _decides(key: str) -> bool:
+    outside = any(key == name or key.startswith(f"{name}.") for name in NOT_IDENTITY)
+    return not (outside or key in ("seed", "strategy.path") or key.startswith("task."))
+
+
+def _labels(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -> list[str]:
+    """Names of variants: the strategy, what was varied of it, and the budget where there are several."""
+    budgets = {_budget(group[0]) for group in groups} - {None}
+    labels = []
+    for group in groups:
+        run = group[0]
+        said = [
+            f"{_last(key)}={_short(run.config.get(key))}"
+            for key in sorted(varied[run.result.strategy])
+            if not key.startswith("budget.")
+        ]
+        budget = _budget(run)
+        if budget is not None and len(budgets) > 1:
+            said.insert(0, budget)
+        labels.append(f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy)
+    return labels
+
+
+def _budget(run: Run) -> str | None:
+    """The budget as it was written; ``None`` for a run without one."""
+    if run.result.params.budget is None:
+        return None
+    for name in ("rank", "params", "fraction"):
+        value = run.config.get(f"budget.{name}")
+        if value is not None:
+            return f"{name} {_short(value)}"
+    return "default budget"
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

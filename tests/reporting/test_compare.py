@@ -1,0 +1,152 @@
+"""Comparisons of variants: pairing, the reference, what is significant, and the sentence that says so."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reporting.fake_runs import write_run
+from scipy import stats
+
+from autolora.errors import ConfigError
+from autolora.reporting.compare import Comparison, choose_reference, compare, sentence
+from autolora.reporting.runs import Variant, load_runs, variants
+from autolora.reporting.statistics import sign_flip_test
+
+TASKS = ("sst2", "rte", "mrpc", "qnli", "qqp", "mnli", "cola")
+
+
+def those(root: Path) -> list[Variant]:
+    return variants(load_runs([root]).runs, [])
+
+
+def comparisons(root: Path, reference: str | None = None) -> dict[str, Comparison]:
+    found = those(root)
+    return {one.variant.label: one for one in compare(found, choose_reference(found, reference))}
+
+
+def test_one_seed_on_one_task_is_scipys_paired_test_over_examples(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, accuracy=0.8), write_run(tmp_path, strategy="autolora", accuracy=0.7)]
+    columns = []
+    for path in paths:
+        table = np.genfromtxt(path / "predictions.csv", delimiter=",", names=True, dtype=None, encoding=None)
+        columns.append((table["label"] == table["prediction"]).astype(float))
+    expected = stats.ttest_rel(columns[1], columns[0])
+    one = comparisons(tmp_path)["autolora"]
+    assert (one.p, one.mean) == (pytest.approx(expected.pvalue), pytest.approx(-0.1))
+    interval = expected.confidence_interval()
+    assert (one.low, one.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert sentence(one) == (
+        f"autolora is behind uniform by 10.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}] on sst2, p = "
+        f"{expected.pvalue:.2g} (one seed: of these trainings only)."
+    )
+
+
+def test_seeds_are_paired_and_those_of_one_side_alone_are_left_out(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_run(tmp_path, seed=seed)
+    for seed in (1, 2, 3):
+        write_run(tmp_path, strategy="autolora", seed=seed)
+    (task,) = comparisons(tmp_path)["autolora"].tasks
+    assert task.seeds == (1, 2)
+
+
+def test_without_predictions_only_seeds_count(tmp_path: Path) -> None:
+    scores = {"uniform": [0.8, 0.82, 0.79], "autolora": [0.85, 0.84, 0.86]}
+    for strategy, values in scores.items():
+        for seed, value in enumerate(values):
+            (write_run(tmp_path, strategy=strategy, seed=seed, accuracy=value) / "predictions.csv").unlink()
+    one = comparisons(tmp_path)["autolora"]
+    assert one.p == pytest.approx(stats.ttest_rel(scores["autolora"], scores["uniform"]).pvalue)
+    assert one.tasks[0].difference.over == "seeds"
+
+
+def test_over_tasks_signs_decide_and_holm_counts_the_comparisons(tmp_path: Path) -> None:
+    for i, task in enumerate(TASKS):
+        write_run(tmp_path, task=task, accuracy=0.7)
+        write_run(tmp_path, task=task, strategy="autolora", accuracy=0.8)
+        write_run(tmp_path, task=task, strategy="sora", accuracy=0.75 - 0.1 * (i % 2))
+    found = comparisons(tmp_path)
+    assert found["autolora"].p == found["autolora"].smallest_p == 2 / 2**7
+    means = [one.difference.mean for one in found["sora"].tasks]
+    assert found["sora"].p == pytest.approx(sign_flip_test(means))
+    assert found["autolora"].adjusted == 2 * 2 / 2**7
+    assert re.fullmatch(
+        r"autolora beats uniform by 10\.0 \[\d+\.\d, \d+\.\d\] on average over 7 tasks, p = 0\.031 \(one seed: .*\); "
+        r"on single tasks it is ahead on \d, behind on 0, and neither on the other \d\.",
+        sentence(found["autolora"]),
+    )
+    assert "no difference was found on average over 7 tasks" in sentence(found["sora"])
+    assert "this design can only show differences above" in sentence(found["sora"])
+
+
+def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:
+    for task in TASKS[:3]:
+        write_run(tmp_path, task=task, accuracy=0.6)
+        write_run(tmp_path, task=task, strategy="autolora", accuracy=0.9)
+    one = comparisons(tmp_path)["autolora"]
+    assert (one.p, one.smallest_p, one.significant) == (0.25, 0.25, False)
+    assert all(task.significant for task in one.tasks)
+    assert sentence(one).endswith(
+        "over 3 tasks no p below 0.25 can be reached, whatever the differences; on single tasks it is ahead on 3, "
+        "behind on 0, and neither on the other 0."
+    )
+
+
+def test_parameters_are_said_where_they_differ(tmp_path: Path) -> None:
+    write_run(tmp_path, params=1000)
+    write_run(tmp_path, strategy="autolora", params=250, accuracy=0.5)
+    write_run(tmp_path, strategy="head", params=0, budget=None, accuracy=0.5)
+    found = comparisons(tmp_path)
+    assert "at 25 % of the parameters" in sentence(found["autolora"])
+    assert found["head"].share is None
+
+
+def test_equal_runs_differ_by_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path, "optim.adapter.lr=0.001")
+    write_run(tmp_path, "optim.adapter.lr=0.002")
+    (one,) = comparisons(tmp_path).values()
+    assert (one.mean, one.p, one.detectable) == (0.0, 1.0, 0.0)
+
+
+def test_an_undefined_score_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path, strategy="autolora", metrics={"primary": "accuracy", "value": None, "all": {}})
+    assert comparisons(tmp_path) == {}
+
+
+def test_errors_of_planted_tasks_are_compared_with_their_sign_turned(tmp_path: Path) -> None:
+    for seed, (a, b) in enumerate([(0.1, 0.3), (0.2, 0.35), (0.15, 0.34)]):
+        for strategy, value in (("autolora", a), ("uniform", b)):
+            metrics = {"primary": "excess_error", "value": value, "all": {"excess_error": value}}
+            write_run(tmp_path, strategy=strategy, seed=seed, metrics=metrics)
+    one = comparisons(tmp_path)["autolora"]
+    assert one.mean == pytest.approx(0.18)
+    assert "beats uniform by 0.18 [" in sentence(one)
+
+
+def test_the_reference_is_uniform_at_the_budget_of_most(tmp_path: Path) -> None:
+    write_run(tmp_path, "budget.rank=1", budget=100)
+    write_run(tmp_path, "budget.rank=4", budget=400)
+    for strategy in ("autolora", "sora"):
+        write_run(tmp_path, "budget.rank=1", strategy=strategy, budget=100)
+    found = those(tmp_path)
+    assert choose_reference(found, None).label == "uniform (rank 1)"
+    assert choose_reference(found, "sora").strategy == "sora"
+    assert choose_reference(found, "uniform (rank 4)").label == "uniform (rank 4)"
+    with pytest.raises(
+        ConfigError, match=r"reference=x: there is no such strategy among the runs \(there are: autolora"
+    ):
+        choose_reference(found, "x")
+
+
+def test_one_training_each_without_predictions_says_nothing(tmp_path: Path) -> None:
+    for strategy in ("uniform", "autolora"):
+        (write_run(tmp_path, strategy=strategy, accuracy=0.5 + 0.1 * len(strategy) / 8) / "predictions.csv").unlink()
+    one = comparisons(tmp_path)["autolora"]
+    assert one.p == 1.0
+    assert math.isinf(one.detectable)
+    assert "one training each without predictions can show nothing" in sentence(one)

@@ -1,0 +1,224 @@
+"""The page in a real browser: nothing from the network, no error, tables that sort and filter, legible anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reporting.fake_runs import write_run
+
+from autolora.reporting.page import configurations
+from autolora.reporting.report import write_report
+from autolora.reporting.runs import load_runs
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--force-device-scale-factor=1",
+)  # fmt: skip
+WIDTHS = (400, 1400)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, four strategies at two budgets, three seeds, and names that would be markup."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in range(3):
+        for task in ("sst2", "rte"):
+            write_run(root, "budget.rank=1", task=task, seed=seed, accuracy=0.7 + 0.01 * seed, params=1000, budget=1000)
+            write_run(root, "budget.rank=4", task=task, seed=seed, accuracy=0.75, params=4000, budget=4000)
+            write_run(root, "budget.rank=1", task=task, seed=seed, strategy="autolora", accuracy=0.85, params=900)
+            write_run(
+                root, "budget.rank=1", "adapter.targets=[query,'<img src=x onerror=alert(1)>']", task=task, seed=seed,
+                strategy="sora", accuracy=0.6, params=950,
+            )  # fmt: skip
+        write_run(
+            root,
+            "budget.rank=1",
+            "adapter.targets=['</script><b>']",
+            task="sst2",
+            seed=seed,
+            strategy="sora",
+            accuracy=0.6,
+        )
+    write_run(root, "budget.rank=1", strategy="random", status="failed")
+    out = root / "report"
+    write_report(load_runs([root]), out, title="A <b>title</b> & more")
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in QUIET:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser: Any, report: Path) -> Any:
+    browser.set_window_size(1400, 1000)
+    browser.get((report / "index.html").as_uri())
+    return browser
+
+
+def column(page: Any, kind: str, index: int) -> list[str]:
+    """The texts of one column, of the rows that are shown, in their order."""
+    script = """
+        const rows = [...document.querySelectorAll(`table[data-kind=${arguments[0]}] tbody tr`)];
+        return rows.filter((row) => !row.hidden).map((row) => row.cells[arguments[1]].textContent.trim());
+    """
+    texts: list[str] = page.execute_script(script, kind, index)
+    return texts
+
+
+def test_it_asks_nobody_and_reports_no_error(page: Any, report: Path) -> None:
+    assert [entry for entry in page.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith("data:")} == {(report / "index.html").as_uri()}
+    assert page.title == "A <b>title</b> & more"
+
+
+def test_markup_in_names_is_text(page: Any) -> None:
+    labels = column(page, "strategies", 0)
+    assert any("<img src=x onerror=alert(1)>" in label for label in labels)
+    assert any("</script><b>" in label for label in labels)
+    assert page.execute_script("return document.querySelectorAll('img, main b').length") == 0
+
+
+def test_a_column_sorts_by_number_up_and_down(page: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    head = page.find_elements(By.CSS_SELECTOR, "table[data-kind=strategies] th button")
+    names = [button.text for button in head]
+    index = names.index("adapter")
+    head[index].click()
+    numbers = [float(text.replace(",", "")) for text in column(page, "strategies", index)]
+    assert numbers == sorted(numbers)
+    assert numbers[0] < numbers[-1]
+    head[index].click()
+    assert [float(text.replace(",", "")) for text in column(page, "strategies", index)] == numbers[::-1]
+    head[names.index("rte")].click()
+    scores = column(page, "strategies", names.index("rte"))
+    assert scores[-1] == ""  # what is missing comes last
+    assert scores[:-1] == sorted(scores[:-1], key=lambda text: float(text.split()[0]))
+
+
+def test_rows_are_filtered_by_every_word(page: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    (block,) = [
+        b for b in page.find_elements(By.CSS_SELECTOR, ".table") if b.find_elements(By.CSS_SELECTOR, "[data-kind=runs]")
+    ]
+    before = len(column(page, "runs", 0))
+    block.find_element(By.CSS_SELECTOR, "input").send_keys("autolora RTE")
+    shown = column(page, "runs", 0)
+    assert len(shown) == 3 < before
+    assert all("autolora" in name and "rte" in name for name in shown)
+    assert block.find_element(By.CSS_SELECTOR, ".count").text == f"3 of {before} rows"
+
+
+def test_a_click_shows_the_whole_configuration(page: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    row = page.find_element(By.CSS_SELECTOR, "table[data-kind=runs] tbody tr")
+    name = row.get_attribute("data-run")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", row)
+    row.click()
+    dialog = page.find_element(By.ID, "configuration")
+    assert dialog.is_displayed()
+    assert dialog.find_element(By.CSS_SELECTOR, "h3").text == name
+    text = dialog.find_element(By.CSS_SELECTOR, "pre").text
+    for line in ('strategy.name: "', "seed: ", "optim.adapter.lr: 0.001", "budget.rank: "):
+        assert line in text
+
+
+def test_a_mark_says_what_it_is(page: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    mark = page.find_element(By.CSS_SELECTOR, "#panel .mark")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
+    ActionChains(page).move_to_element(mark).perform()
+    tip = page.find_element(By.ID, "tip")
+    assert tip.is_displayed()
+    assert tip.text == "autolora (rank 1), rte: score 85"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
+    """Nothing is wider than the window but what scrolls by itself, and text stands out from what is behind it."""
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        script = """
+            const rgb = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number);
+            const style = getComputedStyle(document.body);
+            const labels = [...document.querySelectorAll('#panel svg text')].map((text) => getComputedStyle(text).fill);
+            return [rgb(style.backgroundColor), rgb(style.color), labels.map(rgb), parseFloat(style.fontSize)];
+        """
+        paper, ink, labels, size = page.execute_script(script)
+        assert size >= 14
+        for colour in (ink, *labels):
+            assert contrast(paper, colour) >= 4.5
+        assert (luminance(paper) > 0.5) == (scheme == "light")
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def luminance(colour: list[float]) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(a: list[float], b: list[float]) -> float:
+    """As WCAG 2 defines it."""
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Without a browser ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_no_address_and_no_markup_of_names(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    for foreign in ("<img", "</script><b>", "<b>title", "https://", "@import", '<link rel="stylesheet'):
+        assert foreign not in text.replace("http://www.w3.org", "")
+    assert ": failed" in text
+
+
+def test_shared_settings_are_kept_once(report: Path) -> None:
+    runs = load_runs([report.parent]).runs
+    data = configurations(runs)
+    for run in runs:
+        assert data["common"] | data["own"][run.path.name] == run.config
+    assert "data.batch_size" in data["common"]
+    assert not any("data.batch_size" in own for own in data["own"].values())
+
+
+def test_everything_is_written(report: Path) -> None:
+    files = {str(file.relative_to(report)) for file in report.rglob("*") if file.is_file()}
+    figures = ("score_against_parameters", "score_against_compute", "panel", "ranks", "over_training", "budget_curves")
+    assert files == {
+        "index.html", "results.csv", "table.md", "table.tex", "sentences.txt",
+        *(f"figures/{name}.{kind}" for name in figures for kind in ("svg", "png")),
+    }  # fmt: skip

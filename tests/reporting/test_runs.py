@@ -1,0 +1,123 @@
+"""Reading run directories: what is used, what is not, and what is the same thing at another seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from reporting.fake_runs import change_result, write_run
+
+from autolora.errors import DataError
+from autolora.reporting.runs import Run, load_runs, variants
+
+
+def labels(runs: list[Run]) -> list[str]:
+    return [variant.label for variant in variants(runs, [])]
+
+
+def test_complete_runs_are_read_and_the_rest_is_named(tmp_path: Path) -> None:
+    good = write_run(tmp_path)
+    failed = write_run(tmp_path, seed=1, status="failed")
+    half = write_run(tmp_path, seed=2)
+    (half / "result.json").write_text('{"schema": 1, "status": "comp')
+    old = write_run(tmp_path, seed=3)
+    change_result(old, schema=0)
+    begun = write_run(tmp_path, seed=4)
+    (begun / "result.json").unlink()
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "notes.txt").touch()
+    found = load_runs([tmp_path])
+    assert [run.path for run in found.runs] == [good]
+    reasons = {path: reason for path, reason in found.skipped}
+    assert reasons.keys() == {failed, half, old, begun}
+    assert reasons[failed] == "failed"
+    assert "could not read it" in reasons[half]
+    assert "expected a result of schema 1, got 0" in reasons[old]
+    assert "there is no result" in reasons[begun]
+    assert [run.path for run in load_runs([good, tmp_path, good]).runs] == [good]
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected run directories with a complete result\.json, found none"):
+        load_runs([tmp_path])
+    with pytest.raises(DataError, match="nowhere: there is no such folder"):
+        load_runs([tmp_path / "nowhere"])
+    write_run(tmp_path, status="interrupted")
+    with pytest.raises(DataError, match=r"found none\n  .*: interrupted"):
+        load_runs([tmp_path])
+
+
+def test_one_configuration_counts_once_and_other_numbers_are_flagged(tmp_path: Path) -> None:
+    for root in ("a", "b", "c"):
+        write_run(tmp_path / root)
+    change_result(write_run(tmp_path / "c"), metrics={"primary": "accuracy", "value": 0.5, "all": {"accuracy": 0.5}})
+    found = load_runs([tmp_path / name for name in "abc"])
+    assert [run.path.parent.name for run in found.runs] == ["a"]
+    assert [path.parent.name for path, _ in found.skipped] == ["b", "c"]
+    (flag,) = found.flagged
+    assert "same configuration and different numbers (accuracy 0.5 and 0.8)" in flag
+
+
+def test_predictions_count_if_they_say_what_the_result_says(tmp_path: Path) -> None:
+    (run,) = load_runs([write_run(tmp_path)]).runs
+    assert run.scored is not None
+    assert run.scored.value() == run.value == pytest.approx(0.8)
+    other = write_run(tmp_path, seed=1)
+    change_result(other, metrics={"primary": "accuracy", "value": 0.9, "all": {"accuracy": 0.9}})
+    missing = write_run(tmp_path, seed=2)
+    (missing / "predictions.csv").unlink()
+    broken = write_run(tmp_path, seed=3)
+    (broken / "predictions.csv").write_text("split,id\ndev,1\n")
+    assert [run.scored for run in load_runs([other, missing, broken]).runs] == [None, None, None]
+
+
+def test_seeds_and_tasks_are_one_variant_and_settings_are_several(tmp_path: Path) -> None:
+    for task in ("sst2", "rte"):
+        for seed in (0, 1):
+            write_run(tmp_path, task=task, seed=seed)
+            write_run(tmp_path, "strategy.selector.form=sigmoid", task=task, seed=seed, strategy="autolora")
+            write_run(tmp_path, "strategy.selector.form=gumbel", task=task, seed=seed, strategy="autolora")
+    found = variants(load_runs([tmp_path]).runs, [])
+    assert [variant.label for variant in found] == ["autolora (form=gumbel)", "autolora (form=sigmoid)", "uniform"]
+    assert {task: sorted(runs) for task, runs in found[-1].runs.items()} == {"rte": [0, 1], "sst2": [0, 1]}
+
+
+def test_a_setting_of_one_strategy_is_not_in_the_label_of_another(tmp_path: Path) -> None:
+    write_run(tmp_path, "optim.adapter.lr=0.01", strategy="autolora")
+    write_run(tmp_path, "optim.adapter.lr=0.002")
+    assert labels(load_runs([tmp_path]).runs) == ["autolora", "uniform"]
+
+
+def test_budgets_are_never_averaged_also_not_over_tasks(tmp_path: Path) -> None:
+    write_run(tmp_path, "budget.rank=1", task="sst2")
+    write_run(tmp_path, "budget.rank=2", task="rte")
+    assert labels(load_runs([tmp_path]).runs) == ["uniform (rank 1)", "uniform (rank 2)"]
+
+
+def test_where_results_go_and_how_they_are_logged_makes_no_variant(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "trainer.enable_progress_bar=false")
+    write_run(tmp_path / "b", "force=true", seed=1)
+    assert labels(load_runs([tmp_path / "a", tmp_path / "b"]).runs) == ["uniform"]
+
+
+def test_sources_and_backbones_are_arenas_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path, source="local")
+    write_run(tmp_path, source="mini")
+    write_run(tmp_path, "backbone=bert_base")
+    assert len({run.arena for run in load_runs([tmp_path]).runs}) == 3
+
+
+def test_other_rows_from_the_same_source_are_another_task(tmp_path: Path) -> None:
+    runs = load_runs([write_run(tmp_path), write_run(tmp_path, seed=1, data_fingerprint="other")]).runs
+    assert sorted(run.task for run in runs) == ["sst2 [data-sst2]", "sst2 [other]"]
+
+
+def test_an_error_is_better_if_it_is_lower(tmp_path: Path) -> None:
+    metrics = {"primary": "excess_error", "value": 0.25, "all": {"excess_error": 0.25}}
+    (run,) = load_runs([write_run(tmp_path, metrics=metrics)]).runs
+    assert (run.value, run.scored) == (-0.25, None)
+    unknown = dataclasses.replace(
+        run, result=run.result.model_copy(update={"metrics": run.result.metrics.model_copy(update={"value": None})})
+    )
+    assert unknown.value is None
