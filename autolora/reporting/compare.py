@@ -25,7 +25,6 @@ from autolora.reporting.statistics import (
 )
 
 _REPLICATES = 2_000
-_POINTS = ("accuracy", "matthews", "pearson")
 
 
 @dataclass(frozen=True)
@@ -254,10 +253,8 @@ def _one_seed(one: Comparison) -> str:
 
 def _unit(comparison: Comparison) -> float:
     """Scores are told in points if all of them are shares or correlations."""
-    metrics = {
-        run.result.metrics.primary for one in comparison.tasks for run in comparison.variant.runs[one.task].values()
-    }
-    return 100.0 if metrics <= set(_POINTS) else 1.0
+    runs = (run for one in comparison.tasks for run in comparison.variant.runs[one.task].values())
+    return 100.0 if all(run.in_points for run in runs) else 1.0
 
 
 def _number(value: float, unit: float) -> str:

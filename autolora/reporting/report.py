@@ -147,33 +147,15 @@ def _for_page(arena: Arena, folder: Path) -> dict[str, Any]:
         figure.write(folder)
         drawings.append({"name": figure.name, "caption": figure.caption, "svg": figure.inline()})
         figure.close()
-    header, *lines = cells(arena.table, lambda text: text, lambda text: text)
-    scores = len(arena.table.tasks) + arena.table.averaged
-    better = [
-        [False, *(bool(score and score.better) for score in _scores(row, arena.table)), *[False] * 4]
-        for row in arena.table.rows
-    ]
-    assert all(len(marks) == len(header) == 1 + scores + 4 for marks in better)
-    table = [
-        header,
-        *(
-            [{"text": text, "bold": bold} for text, bold in zip(line, marks, strict=True)]
-            for line, marks in zip(lines, better, strict=True)
-        ),
-    ]
     return {
         "name": arena.name,
         "sentences": arena.sentences(),
         "limits": arena.limits(),
         "reference": arena.reference.label,
-        "table": table,
+        "table": cells(arena.table, lambda text: {"text": text, "bold": True}, lambda text: text),
         "comparisons": _differences(arena),
         "figures": drawings,
     }
-
-
-def _scores(row: Any, table: Table) -> list[Any]:
-    return [*(row.scores.get(task) for task in table.tasks), *([row.average] if table.averaged else [])]
 
 
 def _differences(arena: Arena) -> list[list[str]]:

@@ -17,11 +17,10 @@ import numpy as np
 import yaml
 
 from autolora.errors import DataError
-from autolora.reporting.statistics import Array, Scored
+from autolora.reporting.statistics import METRICS, Array, Scored
 from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
 
 LOWER_IS_BETTER = ("excess_error", "mse")
-_EXAMPLE_METRICS = ("accuracy", "matthews", "pearson")
 _SAME = 1e-6
 _PLANTED = ("planted", "planted_encoder")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -52,6 +51,11 @@ class Run:
         return self.result.metrics.primary in LOWER_IS_BETTER
 
     @property
+    def in_points(self) -> bool:
+        """Whether the primary metric is a share or a correlation, and shown in points of 100."""
+        return self.result.metrics.primary in METRICS
+
+    @property
     def arena(self) -> tuple[str, str, str]:
         """Source of the data, backbone and its weights: runs that differ in it are never averaged or compared."""
         return self.result.data_source, self.result.backbone, self.result.backbone_fingerprint
@@ -60,7 +64,7 @@ class Run:
     def scored(self) -> Scored | None:
         """The score as a function of the predictions on dev; ``None`` where they are missing or say something else."""
         metric, value = self.result.metrics.primary, self.result.metrics.value
-        if metric not in _EXAMPLE_METRICS or value is None:
+        if metric not in METRICS or value is None:
             return None
         columns = _read_dev(RunDirectory(self.path).predictions)
         if columns is None:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+METRICS = ("accuracy", "matthews", "pearson")
+"""What :class:`Scored` can compute; shares and correlations, which are shown in points of 100."""
 ALPHA, POWER, LEVEL = 0.05, 0.8, 0.95
 _EXACT_TASKS = 14
 """Up to so many tasks every pattern of signs is counted; above, so many random ones are drawn:"""

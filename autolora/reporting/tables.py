@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TypeVar
 
 from autolora.files import replacing
 from autolora.reporting.compare import Comparison
 from autolora.reporting.runs import Run, Variant
 
-_POINTS = ("accuracy", "matthews", "pearson")
+Cell = TypeVar("Cell")
 
 # Every run -----------------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ def make_table(variants: Sequence[Variant], reference: Variant, comparisons: Seq
 
 def _unit(run: Run) -> float:
     """100 for points, -1 for errors, which are kept with a minus sign so that larger is better."""
-    return 100.0 if run.result.metrics.primary in _POINTS else -1.0 if run.lower_is_better else 1.0
+    return 100.0 if run.in_points else -1.0 if run.lower_is_better else 1.0
 
 
 def _row(variant: Variant, tasks: Sequence[str], comparison: Comparison | None) -> Row:
@@ -169,8 +169,8 @@ def _score(values: Sequence[float], better: bool) -> Score:
     return Score(fmean(values), stdev(values) if len(values) > 1 else None, len(values), better)
 
 
-def cells(table: Table, bold: Callable[[str], str], escape: Callable[[str], str]) -> list[list[str]]:
-    """The header and the rows as text."""
+def cells(table: Table, bold: Callable[[str], Cell], escape: Callable[[str], str]) -> list[list[str | Cell]]:
+    """The header and the rows as text, or what ``bold`` makes of it where a score is significantly better."""
     header = [
         "strategy",
         *table.tasks,
@@ -180,7 +180,7 @@ def cells(table: Table, bold: Callable[[str], str], escape: Callable[[str], str]
         "seconds",
         "passes",
     ]
-    lines = [[escape(name) for name in header]]
+    lines: list[list[str | Cell]] = [[escape(name) for name in header]]
     for row in table.rows:
         scores: list[tuple[Score | None, float]] = [(row.scores.get(task), table.units[task]) for task in table.tasks]
         if table.averaged:
@@ -192,7 +192,7 @@ def cells(table: Table, bold: Callable[[str], str], escape: Callable[[str], str]
     return lines
 
 
-def _marked(score: Score, text: str, bold: Callable[[str], str], escape: Callable[[str], str]) -> str:
+def _marked(score: Score, text: str, bold: Callable[[str], Cell], escape: Callable[[str], str]) -> str | Cell:
     return bold(escape(text)) if score.better else escape(text)
 
 
@@ -225,13 +225,3 @@ _TEX = {
 def escape_tex(text: str) -> str:
     """Text in which nothing has a meaning for TeX."""
     return "".join(_TEX.get(character, character) for character in text)
-
-
-def as_dict(table: Table) -> dict[str, Any]:
-    """Numbers of the table, for a page."""
-    return {
-        "tasks": list(table.tasks),
-        "averaged": table.averaged,
-        "reference": table.reference,
-        "cells": cells(table, lambda text: text, lambda text: text),
-    }

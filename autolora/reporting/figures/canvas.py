@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from autolora.files import replacing
@@ -152,9 +152,9 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def legend(drawn: Any, styles: dict[str, dict[str, Any]]) -> None:
-    """One legend under all panels."""
+def legend(drawn: Any, styles: Mapping[str, Mapping[str, Any]], *, linestyle: Literal["-", "none"] = "none") -> None:
+    """One legend under all panels, of marks or of lines."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle="none", label=label, **style) for label, style in styles.items()]
+    handles = [Line2D([], [], linestyle=linestyle, label=label, **style) for label, style in styles.items()]
     drawn.legend(handles=handles, loc="outside lower center", ncols=min(4, max(1, len(handles))), fontsize=8)

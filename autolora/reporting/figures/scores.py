@@ -67,7 +67,7 @@ def score_against(
         on_front = front(found, lower_is_better=some.lower_is_better)
         ax.plot([p.cost for p in on_front], [p.score for p in on_front], color="#888888", linewidth=1, zorder=1)
         for point in found:
-            _mark(figure, ax, point, point.cost, styles[point.label], axis)
+            _mark(figure, ax, point, styles[point.label], axis)
         dress(ax, task, some, axis, [p.cost for p in found], log_score=some.lower_is_better)
     legend(drawn, styles)
     return figure
@@ -92,7 +92,7 @@ def budget_curves(variants: Sequence[Variant]) -> Figure | None:
             found = sorted(points(group, task, lambda run: float(run.result.params.budget or 0)), key=lambda p: p.cost)
             ax.plot([p.cost for p in found], [p.score for p in found], color=styles[strategy]["color"], linewidth=1)
             for point in found:
-                _mark(figure, ax, point, point.cost, styles[strategy], "parameters of the budget")
+                _mark(figure, ax, point, styles[strategy], "parameters of the budget")
             costs += [p.cost for p in found]
         dress(ax, task, some, "parameters of the budget", costs, log_score=some.lower_is_better)
     legend(drawn, styles)
@@ -124,7 +124,7 @@ def panel(variants: Sequence[Variant]) -> Figure:
         _bars(figure, ax, title, labels, table, styles, height)
     for task, by_label in table.items():
         for point in by_label.values():
-            _mark(figure, trade, point, point.cost, styles[task], "adapter parameters", task)
+            _mark(figure, trade, point, styles[task], "adapter parameters", task)
     trade.set(xlabel="adapter parameters", ylabel="score")
     trade.set_xscale("symlog", linthresh=1000)
     legend(drawn, styles)
@@ -163,11 +163,11 @@ def task_runs(variants: Sequence[Variant]) -> dict[str, Run]:
     return dict(sorted(some.items()))
 
 
-def _mark(
-    figure: Figure, ax: Axes, point: Point, x: float, style: Mapping[str, Any], axis: str, task: str | None = None
-) -> None:
-    ax.errorbar(x, point.score, yerr=point.sd or None, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2)
-    (mark,) = ax.plot(x, point.score, linestyle="none", markersize=6, **style)
+def _mark(figure: Figure, ax: Axes, point: Point, style: Mapping[str, Any], axis: str, task: str | None = None) -> None:
+    ax.errorbar(
+        point.cost, point.score, yerr=point.sd or None, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2
+    )
+    (mark,) = ax.plot(point.cost, point.score, linestyle="none", markersize=6, **style)
     seeds = f"± {point.sd:.3g} over {point.seeds} seeds" if point.seeds > 1 else "one seed"
     where = f"{point.label}, {task}" if task else point.label
     figure.tip(mark, f"{where}: {point.score:.4g} ({seeds}), {axis} {point.cost:,.0f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolora.reporting.figures.canvas import Figure, grid, looks
+from autolora.reporting.figures.canvas import Figure, grid, legend, looks
 from autolora.reporting.figures.scores import task_runs
 from autolora.reporting.runs import Run, Variant
 from autolora.results import RunDirectory
@@ -49,7 +49,7 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
             )
         ax.set_title(f"{label} ({run.task}, seed {run.result.seed})", fontsize=8)
         ax.set(xlabel="step", ylabel="components per module")
-    _legend(drawn, {role: styles[role]["color"] for role in roles})
+    legend(drawn, {role: {"color": styles[role]["color"]} for role in roles}, linestyle="-")
     return figure
 
 
@@ -75,10 +75,3 @@ def _by_role(table: DataFrame) -> dict[str, Any]:
         if column.startswith("rank:"):
             groups.setdefault(str(role_of(column.removeprefix("rank:")).value), []).append(column)
     return {role: table[columns].mean(axis=1) for role, columns in groups.items()}
-
-
-def _legend(drawn: Any, colours: dict[str, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, label=role) for role, colour in colours.items()]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), fontsize=8)
