@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,11 +33,36 @@ from yaml import YAMLError, safe_load
 from autolora.config import RunConfig
 from autolora.errors import ConfigError
 from autolora.paths import config_root
+from autolora.results import config_hash
 from autolora.validate import is_strategy, nearest, validate
 
 VERSION_BASE = "1.3"
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _HYDRA_COMMANDS = ("hydra_help", "info", "shell_completion", "experimental_rerun")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep as it was asked for.
+
+    ``name`` is the choice of the group ``sweep``, or "sweep"; ``digest`` is the same for the same cells in the same
+    order; ``cells`` is their number, ``None`` where another sweeper than Hydra's own decides it; ``local`` says that
+    they run in this process, one after the other.
+    """
+
+    name: str
+    digest: str
+    cells: int | None
+    run_root: Path
+    local: bool
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line that was checked: in the form that Hydra takes, and the sweep that it asks for, if it does."""
+
+    arguments: list[str]
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +100,13 @@ def compose(overrides: Sequence[str] = (), *, root: Path | None = None, config_d
         ConfigError: with every fault, a line each.
     """
     with _Composer(root or config_root(), "config", config_dir).ready() as composer:
-        config, faults = composer.check(overrides, multirun=False)
+        config, faults, _ = composer.check(overrides, multirun=False)
     if faults or config is None:
         raise ConfigError("\n".join(faults))
     return config
 
 
-def check_command_line(argv: Sequence[str]) -> list[str]:
+def check_command_line(argv: Sequence[str]) -> CommandLine:
     """Check a command line of ``autolora.train`` and give it back in the form that Hydra takes.
 
     In a sweep every value of every key is checked, each with the first value of the others.
@@ -90,17 +117,18 @@ def check_command_line(argv: Sequence[str]) -> list[str]:
     parser = get_args_parser()
     args = parser.parse_intermixed_args(list(argv))
     if any(getattr(args, command) for command in _HYDRA_COMMANDS):
-        return list(argv)
+        return CommandLine(list(argv))
     root, config_dir = _folders(args)
     with _Composer(root, args.config_name or "config", config_dir).ready() as composer:
-        _, faults = composer.check(args.overrides, multirun=args.multirun)
+        _, faults, grid = composer.check(args.overrides, multirun=args.multirun)
         if faults:
             raise ConfigError("\n".join(faults))
         request = composer.take_apart(args.overrides)
     flags = list(argv)
     for override in args.overrides:
         flags.remove(override)
-    return [*flags, *request.plain, *(_joined(setting) for setting in request.settings)]
+    arguments = [*flags, *request.plain, *(_joined(setting) for setting in request.settings)]
+    return CommandLine(arguments, None if args.cfg else grid)
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -133,27 +161,31 @@ class _Composer:
         with initialize_config_dir(str(self.root), version_base=VERSION_BASE, job_name="train"):
             yield self
 
-    def check(self, overrides: Sequence[str], *, multirun: bool) -> tuple[RunConfig | None, list[str]]:
-        """The configuration with the first value of everything, and the faults of all values."""
+    def check(self, overrides: Sequence[str], *, multirun: bool) -> tuple[RunConfig | None, list[str], Grid | None]:
+        """The configuration with the first value of everything, the faults of all values, and the sweep."""
         request = self.take_apart(overrides)
         faults = request.faults
         first = {setting.key: setting.overrides[0] for setting in request.settings}
         base = self._base(request, first)
         if base is None:
-            return None, faults
+            return None, faults, None
         raw, hydra = base
         config, found = validate(raw, {s.key: s.written(s.overrides[0]) for s in request.settings})
         faults += found
         swept = [setting for setting in request.settings if len(setting.overrides) > 1]
+        grid = None
         if multirun or hydra.mode == RunMode.MULTIRUN:
-            swept += self._swept_by_file(hydra, request)
+            by_file = self._swept_by_file(hydra, request)
+            swept += by_file
             faults += self._check_sweep(raw, first, request, swept)
+            if config is not None:
+                grid = _grid([*request.settings, *by_file], hydra, config)
         else:
             faults += [
                 f"{s.typed}: several values: add -m to sweep over them, or write {s.key}=[...] for one list"
                 for s in swept
             ]
-        return config, list(dict.fromkeys(faults))
+        return config, list(dict.fromkeys(faults)), grid
 
     def _base(self, request: _Request, first: Mapping[str, str]) -> tuple[dict[str, Any], DictConfig] | None:
         """Compose with the first value of everything; if that fails, without what only Hydra understands.
@@ -280,6 +312,20 @@ def plain_tree(cfg: DictConfig) -> dict[str, Any]:
     tree = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+def _grid(settings: Sequence[_Setting], hydra: DictConfig, first: RunConfig) -> Grid:
+    """The sweep over everything that was set. How runs are kept and shown does not make it another one."""
+    told = [f"{setting.key}: {setting.overrides}" for setting in settings if len(setting.overrides) > 1]
+    told += [config_hash(first, first.data.source, str(first.data.dir), str(first.backbone.path))]
+    own = hydra.sweeper._target_.endswith("BasicSweeper")
+    return Grid(
+        name=hydra.runtime.choices.get("sweep") or "sweep",
+        digest=hashlib.sha256("\n".join(told).encode()).hexdigest()[:10],
+        cells=math.prod(len(setting.overrides) for setting in settings) if own else None,
+        run_root=first.run_root,
+        local=hydra.launcher._target_.endswith("BasicLauncher"),
+    )
 
 
 def _values(override: Override, choices: Sequence[str]) -> list[str]:

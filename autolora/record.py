@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autolora import results
 from autolora.config import RunConfig
+from autolora.errors import AutoLoRAError
 from autolora.parts import say
 from autolora.plan import RankPlan
 from autolora.results import (
@@ -246,6 +248,16 @@ def record_interruption(run: Run, stop: Interrupted) -> None:
     say(f"{note}; the same command {where} in {run.directory.path}")
 
 
+def record_failure(run: Run, error: Exception) -> None:
+    """Write a ``result.json`` that says how the run failed, and how far it had come; note its place on the error."""
+    told = "".join(traceback.format_exception(error))
+    metrics = Metrics(primary=run.problem.primary)
+    result = RunResult(status="failed", metrics=metrics, ranks={}, notes=run.notes, error=told, **facts(run))
+    with suppress(AutoLoRAError, OSError):  # a full disk may be what it failed of
+        run.directory.write_result(result)
+        error.add_note(f"see {run.directory.result}")
+
+
 def facts(run: Run) -> dict[str, Any]:
     """The fields of a result that do not depend on how the run ended."""
     cfg, problem = run.cfg, run.problem
@@ -282,7 +294,7 @@ def facts(run: Run) -> dict[str, Any]:
         "config_hash": run.identity,
         "git": results.git_state(),
         "versions": results.versions(),
-        "hardware": results.hardware(gpu) | {"precision": run.precision},
+        "hardware": results.hardware(gpu) | {"precision": run.precision, "threads": _threads()},
     }
 
 
@@ -294,6 +306,13 @@ def _gpu_use(run: Run) -> tuple[str | None, int | None]:
     import torch
 
     return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+
+
+def _threads() -> int:
+    """CPU threads of torch's operators."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def budget_notes(plan: RankPlan, allowance: int | None) -> list[str]:

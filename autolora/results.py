@@ -42,7 +42,7 @@ NOT_IDENTITY = (
     "trainer.keep_checkpoints",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
-_OPTIONAL = ("planted", "found")
+_OPTIONAL = ("planted", "found", "error")
 
 
 class _Record(BaseModel):
@@ -142,7 +142,8 @@ class RunResult(_Record):
     """The content of ``result.json``. NaN and infinities become null, and a note says so.
 
     ``ranks`` are those of the adapter that is evaluated and written. Where a run trains again after its selection,
-    ``retrain`` says at which plan, and ``found`` is the one that was selected.
+    ``retrain`` says at which plan, and ``found`` is the one that was selected. ``error`` is the traceback of a run that
+    failed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -174,6 +175,7 @@ class RunResult(_Record):
     hardware: dict[str, str | int | None]
     planted: Planted | None = None
     notes: tuple[str, ...] = ()
+    error: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -185,7 +187,7 @@ class RunResult(_Record):
         return {**clean, "notes": (*clean.get("notes", ()), *notes)}
 
     def to_json(self) -> str:
-        """Strict JSON; ``planted`` and ``found`` only where there is such a thing."""
+        """Strict JSON; ``planted``, ``found`` and ``error`` only where there is such a thing."""
         data = self.model_dump(mode="json", by_alias=True)
         return dump_json({key: value for key, value in data.items() if key not in _OPTIONAL or value is not None})
 

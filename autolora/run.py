@@ -24,6 +24,7 @@ from autolora.record import (
     Run,
     describe,
     prediction_rows,
+    record_failure,
     record_interruption,
     record_selection,
     save_adapter,
@@ -44,8 +45,10 @@ def run_one(cfg: RunConfig) -> RunResult:
     goes on from its last checkpoint, to the same result; with ``cfg.force`` it begins afresh in both cases.
 
     Raises:
-        AutoLoRAError: for everything a user can mend; the run directory then has no ``result.json``.
-        Interrupted: after SIGINT or SIGTERM; the ``result.json`` then says so.
+        AutoLoRAError: for everything a user can mend.
+        Interrupted: after SIGINT or SIGTERM.
+
+    After these and any other error ``result.json`` says so, unless data or weights were not even found.
     """
     clock = Clock()
     forget_peak_memory()
@@ -64,6 +67,9 @@ def run_one(cfg: RunConfig) -> RunResult:
                 return carry_out(run)
             except Interrupted as stop:
                 record_interruption(run, stop)
+                raise
+            except Exception as error:
+                record_failure(run, error)
                 raise
 
 

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a request to stop, answered at once or, at the start and in the training loop, after a step."""
+"""SIGINT and SIGTERM as a request to stop, answered at once or, at the start and in the training loop, after a step.
+
+Under submitit so is SIGUSR2, which says that the job is about to be preempted or to run out of time.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+PREEMPTING = signal.SIGUSR2
 
 
 class Interrupted(BaseException):
@@ -34,7 +38,8 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Inside this context a first SIGINT or SIGTERM waits for :meth:`check`, or raises :class:`Interrupted`.
+    """Inside this context a first SIGINT or SIGTERM waits for :meth:`check`, or raises :class:`Interrupted`; so does a
+    SIGUSR2 that somebody answers outside.
 
     While ``deferred`` is set, as it is on entering, a first signal is only kept in ``received``; a second raises at
     once, and one after that has its usual effect. In the middle of an import, which an exception would leave half done
@@ -53,7 +58,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
+            self._before = {signum: signal.getsignal(signum) for signum in (*STOPPING, PREEMPTING)}
+            if not callable(self._before[PREEMPTING]):
+                del self._before[PREEMPTING]
         self.take_over()
         self.deferred = True
         return self
@@ -95,11 +102,17 @@ class Signals:
                 os.write(2, f"{name}: stopping after this step; once more stops at once\n".encode())
             return
         self.received = signum
-        for other in STOPPING:
+        for other in self._before:
             signal.signal(other, signal.SIG_DFL)
         if importing:
             signal.raise_signal(signum)
         raise Interrupted(signum)
+
+
+def requeue(stop: Interrupted) -> None:
+    """Outside :class:`Signals`: what was stopped for preemption is left to who answers that, to queue it again."""
+    if stop.signum == PREEMPTING:
+        signal.raise_signal(PREEMPTING)
 
 
 def _importing(frame: FrameType | None) -> bool:

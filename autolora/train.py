@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autolora.errors import AutoLoRAError, ConfigError, DiskFullError
 from autolora.paths import config_root
-from autolora.signals import Interrupted
+from autolora.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from autolora.compose import Grid
+    from autolora.results import RunDirectory
 
 _HELP = """\
 usage: {program} [-m] [--config-dir DIR] [group=choice ...] [key=value ...]
@@ -38,8 +41,10 @@ Examples:
   {program} task=mrpc data.source=local data.dir=DIR budget.rank=2
   {program} -m task=sst2,mrpc strategy=uniform,autolora seed=0,1,2
 
--m runs every combination of values separated by commas. --config-dir DIR adds groups and choices of your own.
-A run that was killed or stopped goes on from its last checkpoint when the same command is given again.
+-m runs every combination of values separated by commas, and ends with a report on them; hydra/launcher=joblib runs
+several at a time, submitit_slurm on a cluster. --config-dir DIR adds groups and choices of your own.
+A run that was killed or stopped goes on from its last checkpoint when the same command is given again, and a sweep with
+what is not complete.
 Exit codes: 0 done, 1 a run failed, 2 the configuration is wrong, 130 Ctrl-C, 143 SIGTERM.
 Hydra's own options: --hydra-help.
 """
@@ -71,60 +76,79 @@ def _checked(arguments: Sequence[str]) -> int:
     from autolora.compose import check_command_line
 
     try:
-        arguments = check_command_line(arguments)
+        line = check_command_line(arguments)
     except ConfigError as error:
         _complain(error)
         return 2
-    return _execute(arguments)
+    # Hydra shortens tracebacks; what is not an error for the user is one for us, and is shown whole.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    return _one(line.arguments) if line.grid is None else _sweep(line.arguments, line.grid)
 
 
-def _execute(arguments: Sequence[str]) -> int:
+def _one(arguments: Sequence[str]) -> int:
+    """A single run."""
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            _run(cfg)
+        except Interrupted as stop:
+            # A worker process that exits with an error would have Lightning kill the first one.
+            from autolora.parts import is_main_process
+
+            codes.append(stop.exit_code if is_main_process() else 0)
+        except AutoLoRAError as error:
+            _complain(error)
+            codes.append(2 if isinstance(error, ConfigError) else 1)
+
+    _hydra(job, arguments)
+    return max(codes, default=0)
+
+
+def _sweep(arguments: Sequence[str], grid: Grid) -> int:
+    """A run for each combination, in whatever process Hydra's launcher chooses."""
+    from autolora.sweep import Sweep
+
+    sweep = Sweep(grid)
+
+    def job(cfg: DictConfig) -> None:
+        sweep.run_cell(cfg, _run)
+
+    return sweep.carry_out(lambda: _hydra(job, arguments))
+
+
+def _hydra(job: Callable[[DictConfig], None], arguments: Sequence[str]) -> None:
     """Hand the command line to Hydra, which calls the job once, or once for each cell of a sweep."""
     import hydra
 
     from autolora.compose import VERSION_BASE
 
-    failures: list[int] = []
-
-    def job(cfg: DictConfig) -> None:
-        try:
-            _run(cfg)
-        except Interrupted as stop:  # SystemExit passes Hydra by, and ends a sweep
-            # A worker process that exits with an error would have Lightning kill the first one.
-            from autolora.parts import is_main_process
-
-            sys.exit(stop.exit_code if is_main_process() else 0)
-        except AutoLoRAError as error:
-            _complain(error)
-            failures.append(2 if isinstance(error, ConfigError) else 1)
-
-    # Hydra shortens tracebacks; what is not an error for the user is one for us, and is shown whole.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     before, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         hydra.main(config_path=str(config_root()), config_name="config", version_base=VERSION_BASE)(job)()
     finally:
         sys.argv = before
-    return max(failures, default=0)
 
 
-def _run(cfg: DictConfig) -> None:
+def _run(cfg: DictConfig) -> RunDirectory:
     from autolora.compose import plain_tree
     from autolora.validate import require
 
     config = require(plain_tree(cfg))
     from autolora.parts import is_main_process
-    from autolora.run import run_one
 
-    result = run_one(config)
+    with Signals(quiet=True) as signals:
+        from autolora.run import run_one
+
+        signals.check()
+        result = run_one(config)
     from autolora.reporting.summary import print_summary
     from autolora.results import RunDirectory
 
+    directory = RunDirectory.of(config, result.data_source, result.data_fingerprint, result.backbone_fingerprint)
     if is_main_process():
-        print_summary(
-            result,
-            RunDirectory.of(config, result.data_source, result.data_fingerprint, result.backbone_fingerprint).path,
-        )
+        print_summary(result, directory.path)
+    return directory
 
 
 def _complain(error: AutoLoRAError) -> None:

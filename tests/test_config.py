@@ -324,7 +324,8 @@ def test_options_of_one_strategy_do_not_fit_another() -> None:
 
 
 def test_ranges_and_globs_sweep() -> None:
-    argv = check_command_line(["-m", "seed=range(0,3)", "task=glob(m*)", "adapter.targets=[query],[query,value]"])
+    line = check_command_line(["-m", "seed=range(0,3)", "task=glob(m*)", "adapter.targets=[query],[query,value]"])
+    argv = line.arguments
     assert argv == ["-m", "++seed=range(0,3)", "task=glob(m*)", "++adapter.targets=[query],[query,value]"]
     (fault,) = faults_of("-m", "seed=range(-1,3)")
     assert fault.startswith("seed=-1: expected an integer >= 0")

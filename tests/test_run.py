@@ -23,7 +23,7 @@ from autolora.errors import ConfigError, NonFiniteLossError, PlanError
 from autolora.parts import seed_for
 from autolora.plan import RankPlan, Site
 from autolora.record import budget_notes
-from autolora.results import RunDirectory, RunResult
+from autolora.results import RunDirectory, RunResult, read_result
 from autolora.run import run_one
 from autolora.search.random_search import RandomSearch
 from autolora.strategies.svd_truncate import SVDTruncate
@@ -272,29 +272,56 @@ def test_wandb_is_finished_after_a_failure(configure: Any) -> None:
         run_one(cfg)
     assert wandb.run is None
     (run_folder,) = cfg.run_root.iterdir()
-    assert not (run_folder / "result.json").exists()
+    result = read_result(run_folder)
+    assert (result.status, result.metrics.value, result.steps) == ("failed", None, 1)
+    assert result.error is not None
+    assert result.error.startswith("Traceback")
+    assert "NonFiniteLossError" in result.error
 
 
-def test_two_processes_write_one_run(tiny_bert_dir: Path, sst2: Path, tmp_path: Path) -> None:
-    """The real command with ddp on two CPU processes: one speaks and writes, and the budget holds."""
+@pytest.mark.parametrize("strategy", ["uniform", "autolora"])
+def test_two_processes_are_one_with_batches_twice_as_large(
+    strategy: str, tiny_bert_dir: Path, sst2: Path, tmp_path: Path
+) -> None:
+    """The real command with ddp on two CPU processes: one speaks and writes, and the run is that of one process.
+
+    Steps see the same rows, so ranks are equal, and scores to rounding; without dropout, which draws in each process.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bert_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
     command = [
-        sys.executable, "-m", "autolora.train", "task=sst2", "data.source=local", f"data.dir={sst2}",
-        f"data.cache_dir={tmp_path / 'cache'}", f"backbone.path={tiny_bert_dir}", f"run_root={tmp_path / 'runs'}",
-        "logger=csv", "max_rank=4", "budget.rank=2", "trainer.accelerator=cpu", "trainer.precision=32-true",
-        "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=12",
+        sys.executable, "-m", "autolora.train", f"strategy={strategy}", "task=sst2", "data.source=local",
+        f"data.dir={sst2}", f"data.cache_dir={tmp_path / 'cache'}", f"backbone.path={model}", "logger=csv",
+        "max_rank=4", "budget.rank=2", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=30",
+        "optim.adapter.lr=2e-2", "optim.head.lr=2e-2",
     ]  # fmt: skip
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("trainable parameters") == 1
-    assert done.stdout.count("written to") == 1
-    (run,) = (tmp_path / "runs").iterdir()
-    result = RunResult.model_validate_json((run / "result.json").read_text())
-    assert result.params.budget is not None
-    assert 0 < result.params.adapter <= result.params.budget
-    assert result.steps == 12
-    steps = [int(row["step"]) for row in csv.DictReader((run / "history.csv").open())]
-    assert steps == sorted(set(steps))  # rows of one process
+    results = {}
+    for name, how in {"one": ["data.batch_size=16"], "two": ["data.batch_size=8", "trainer.devices=2"]}.items():
+        root = tmp_path / name
+        done = subprocess.run(
+            [*command, *how, f"run_root={root}"], capture_output=True, text=True, cwd=tmp_path, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("trainable parameters") == 1
+        assert done.stdout.count("written to") == 1
+        (run,) = root.iterdir()
+        steps = [int(row["step"]) for row in csv.DictReader((run / "history.csv").open())]
+        assert steps == sorted(set(steps))  # rows of one process
+        results[name] = read_result(run), load_file(run / "adapter" / "adapter_model.safetensors")
+    (one, weights), (two, others) = results["one"], results["two"]
+    assert two.params.budget is not None
+    assert 0 < two.params.adapter <= two.params.budget
+    assert (one.steps, one.ranks, one.metrics.all.keys()) == (30, two.ranks, two.metrics.all.keys())
+    assert two.metrics.all == pytest.approx(one.metrics.all, abs=1e-6)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert tensor.std() > 1e-2 or "classifier" in name
+        torch.testing.assert_close(
+            others[name], tensor, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_regression_head_starts_at_the_mean_score(configure: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import types
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import pytest
 import yaml
 
 from autolora.config import RunConfig
-from autolora.errors import BackboneError, ConfigError, DataError
+from autolora.errors import ConfigError, DataError
 from autolora.paths import config_root
-from autolora.signals import Interrupted
+from autolora.results import RunDirectory
 from autolora.train import main
 from autolora.validate import require
 
@@ -29,8 +28,8 @@ STRATEGIES = ", ".join(sorted(path.stem for path in (config_root() / "strategy")
 def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
     """Configurations that were run, in an empty current folder."""
     seen: Runs = []
-    install(monkeypatch, seen.append)
     monkeypatch.chdir(tmp_path)
+    install(monkeypatch, seen.append)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     return seen
 
@@ -41,7 +40,10 @@ def install(monkeypatch: pytest.MonkeyPatch, run_one: Callable[[RunConfig], Any]
     module.run_one = lambda cfg: run_one(cfg) or result  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "autolora.run", module)
     monkeypatch.setattr("autolora.reporting.summary.print_summary", lambda result, directory: None)
-    monkeypatch.setattr("autolora.results.RunDirectory.of", lambda *identity: SimpleNamespace(path=None))
+    monkeypatch.setattr("autolora.results.RunDirectory.of", lambda *identity: RunDirectory(Path("run")))
+    monkeypatch.setattr("autolora.sweep.Sweep._write_report", lambda *_: 0)
+    Path("run").mkdir(exist_ok=True)
+    Path("run/result.json").touch()
 
 
 def exit_code(*argv: str) -> int:
@@ -58,7 +60,7 @@ def test_runs_what_was_asked_for_and_leaves_nothing_behind(runs: Runs, tmp_path:
     (config,) = runs
     assert (config.strategy.name, config.task.name, config.data.source) == ("autolora", "mnli", "mini")
     assert (config.budget.rank, config.trainer.max_steps) == (2, 20)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert Path.cwd() == tmp_path
     assert sys.argv == before
 
@@ -73,7 +75,10 @@ def test_sweep_runs_every_combination(runs: Runs, tmp_path: Path) -> None:
     assert exit_code("task=sst2,mnli", "-m", "strategy=uniform,autolora", "seed=range(0,2)") == 0
     cells = [(config.task.name, config.strategy.name, config.seed) for config in runs]
     assert cells == [(t, s, n) for t in ("sst2", "mnli") for s in ("uniform", "autolora") for n in (0, 1)]
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")] == ["runs/multirun.yaml"]
+    written = {str(file.relative_to(tmp_path)) for file in (tmp_path / "runs").rglob("*") if file.is_file()}
+    (sweep,) = (tmp_path / "runs/sweeps").iterdir()
+    files = {str((sweep / "cells" / f"{number:05d}.json").relative_to(tmp_path)) for number in range(8)}
+    assert written == {"runs/multirun.yaml", *files}
 
 
 def test_sweep_file_runs_every_combination(runs: Runs) -> None:
@@ -116,32 +121,6 @@ def test_user_errors_are_a_message_and_a_code(
     install(monkeypatch, fail)
     assert exit_code() == code
     assert capsys.readouterr().err == f"error: {error}\n"
-
-
-def test_a_failed_cell_does_not_stop_the_others(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run_one(config: RunConfig) -> None:
-        if config.seed == 1:
-            raise BackboneError("no weights")
-        runs.append(config)
-
-    install(monkeypatch, run_one)
-    assert exit_code("-m", "seed=0,1,2") == 1
-    assert [config.seed for config in runs] == [0, 2]
-    assert capsys.readouterr().err == "error: no weights\n"
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_ends_a_sweep(runs: Runs, monkeypatch: pytest.MonkeyPatch, signum: int, code: int) -> None:
-    def run_one(config: RunConfig) -> None:
-        if config.seed == 1:
-            raise Interrupted(signum)
-        runs.append(config)
-
-    install(monkeypatch, run_one)
-    assert exit_code("-m", "seed=0,1,2") == code
-    assert [config.seed for config in runs] == [0]
 
 
 def test_ctrl_c_before_a_run_is_no_traceback(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

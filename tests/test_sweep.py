@@ -1,0 +1,331 @@
+"""Sweeps: what is kept of every cell, in whatever process it runs and however that ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train_cli import exit_code, install
+
+from autolora.compose import Grid, check_command_line
+from autolora.config import RunConfig
+from autolora.errors import BackboneError, ConfigError
+from autolora.results import RunResult, read_result
+from autolora.signals import Interrupted
+from autolora.sweep import Cell, Sweep
+
+PLANTED = ("-m", "task=planted", "logger=csv", "trainer.enable_progress_bar=false")
+
+
+# In this process, with a stand-in for the run ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    return tmp_path
+
+
+def cells(place: Path) -> list[Cell]:
+    return [Cell.model_validate_json(file.read_text()) for file in sorted(place.glob("runs/sweeps/*/cells/*.json"))]
+
+
+def failing(errors: dict[int, BaseException], ran: list[int]) -> Callable[[RunConfig], None]:
+    """A run that fails for some seeds."""
+
+    def run_one(config: RunConfig) -> None:
+        ran.append(config.seed)
+        if config.seed in errors:
+            raise errors[config.seed]
+
+    return run_one
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (BackboneError("no weights"), 1, "no weights"),
+        (ConfigError("max_rank: too small"), 2, "max_rank: too small"),
+        (ZeroDivisionError("a mistake of ours"), 1, "ZeroDivisionError: a mistake of ours"),
+    ],
+)
+def test_a_failed_cell_is_listed_at_the_end_and_the_others_go_on(
+    error: Exception, code: int, told: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    ran: list[int] = []
+    install(monkeypatch, failing({1: error}, ran))
+    assert exit_code("-m", "seed=0,1,2", "task=rte") == code
+    assert ran == [0, 1, 2]
+    assert [cell.status for cell in cells(place)] == ["complete", "failed", "complete"]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "sweep: 2 of 3 done, 1 failed, 0 left"
+    assert printed.err.splitlines()[-3:] == [
+        "failed: seed=1 task=rte", f"  {told}", "the same command tries again what is not complete",
+    ]  # fmt: skip
+    traced = isinstance(error, ZeroDivisionError)
+    assert ("Traceback" in (cells(place)[1].error or "")) == traced
+
+    install(monkeypatch, ran.append)  # mended
+    assert exit_code("-m", "seed=0,1,2", "task=rte") == 0
+    assert [cell.status for cell in cells(place)] == ["complete"] * 3
+    assert capsys.readouterr().out.splitlines()[-1] == "sweep: 3 of 3 done, 0 failed, 0 left"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_a_sweep(
+    signum: int, code: int, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    ran: list[int] = []
+    install(monkeypatch, failing({1: Interrupted(signum)}, ran))
+    assert exit_code("-m", "seed=0,1,2") == code
+    assert ran == [0, 1]
+    assert [cell.status for cell in cells(place)] == ["complete", "interrupted"]
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "sweep: 1 of 3 done, 0 failed, 2 left",
+        f"interrupted by {signal.Signals(signum).name}; the same command goes on",
+    ]
+    install(monkeypatch, failing({}, ran))
+    assert exit_code("-m", "seed=0,1,2") == 0
+    assert ran == [0, 1, 0, 1, 2]
+
+
+def test_a_cell_has_the_command_line_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning starts the other processes of a run with it; a sweep there would be another sweep."""
+    seen = []
+    install(monkeypatch, lambda config: seen.append(sys.argv[1:]))
+    assert exit_code("-m", "seed=0,1", "task=rte") == 0
+    assert seen == [["++seed=0", "task=rte"], ["++seed=1", "task=rte"]]
+
+
+def grid(*arguments: str) -> Grid:
+    found = check_command_line(["-m", *arguments]).grid
+    assert found is not None
+    return found
+
+
+def test_a_sweep_is_known_by_what_it_computes(place: Path) -> None:
+    base = grid("seed=0,1,2", "task=rte,mrpc")
+    assert (base.name, base.cells, base.local) == ("sweep", 6, True)
+    kept_elsewhere = ("run_root=other", "force=true", "logger=csv", "trainer.enable_progress_bar=false")
+    assert grid("seed=0,1,2", "task=rte,mrpc", *kept_elsewhere, "hydra/launcher=joblib").digest == base.digest
+    others = [
+        grid("seed=0,1", "task=rte,mrpc"),
+        grid("seed=0,1,2", "task=rte,mrpc", "max_rank=4"),
+        grid("seed=0,1,2", "task=rte,mrpc", "data.source=mini"),
+        grid("seed=0,1,2", "task=rte,cola"),
+        grid("task=rte,mrpc", "seed=0,1,2"),  # cells have other numbers
+    ]
+    assert len({base.digest, *(other.digest for other in others)}) == 6
+    assert not grid("seed=0,1", "hydra/launcher=joblib").local
+    named = grid("sweep=seeds", "task=rte")
+    assert (named.name, named.cells) == ("seeds", 6)
+    assert check_command_line(["seed=0"]).grid is None
+    assert check_command_line(["-m", "seed=0,1", "--cfg", "job"]).grid is None
+
+
+def cell(number: int, status: str, began: float, **known: Any) -> Cell:
+    return Cell(number=number, overrides=(), status=status, began=began, process=("host", 1), **known)  # type: ignore[arg-type]
+
+
+def test_progress_counts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun at 1,000; now it is 1,600. Two cells were trained in 600 s, so four more take 1,200 s."""
+    sweep = Sweep(Grid("rank_grid", "0", 9, tmp_path, False), ("host", 1), 1000.0)
+    (sweep.path / "cells").mkdir(parents=True)
+    for one in (
+        cell(0, "complete", 500.0, trained=True),  # when the command was given before
+        cell(1, "failed", 500.0),  # then too: to be tried again
+        cell(2, "complete", 1000.0),  # found complete
+        cell(3, "complete", 1001.0, trained=True),
+        cell(4, "failed", 1002.0),
+        cell(5, "complete", 1003.0, trained=True),
+        cell(6, "running", 1004.0),
+        cell(7, "interrupted", 500.0),
+    ):
+        sweep._write(one)
+    monkeypatch.setattr(time, "time", lambda: 1600.0)
+    clock = time.strftime("%H:%M", time.localtime(2800.0))
+    assert sweep.progress() == f"sweep rank_grid: 4 of 9 done, 1 failed, 4 left, about 20 min more, until {clock}"
+    (sweep.path / "cells" / "00008.json").write_text("{half")  # nothing is known of it
+    assert "4 left" in sweep.progress()
+
+
+def test_a_damaged_stop_file_stops_nothing(tmp_path: Path) -> None:
+    sweep = Sweep(Grid("x", "0", 1, tmp_path, True))
+    sweep.path.mkdir(parents=True)
+    sweep._stop.write_text("")
+    assert sweep._stopped_by() is None
+
+
+# The real command ---------------------------------------------------------------------------------------------------
+
+
+def start(
+    root: Path, *overrides: str, base: Sequence[str] = PLANTED, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autolora.train", *base, f"run_root={root}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).resolve().parents[1],
+        start_new_session=True,
+    )
+
+
+def without(variable: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != variable}
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def results(root: Path) -> dict[str, RunResult]:
+    return {file.parent.name: read_result(file) for file in sorted(root.glob("*/result.json"))}
+
+
+def outcomes(root: Path) -> dict[str, tuple[float | None, dict[str, int]]]:
+    return {name: (result.metrics.value, result.ranks) for name, result in results(root).items()}
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(root: Path) -> list[Cell]:
+    found = []
+    for file in root.glob("sweeps/*/cells/*.json"):
+        one = Cell.model_validate_json(file.read_text())
+        if one.status == "running":
+            found.append(one)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A run root; what is still running there afterwards is ended."""
+    yield tmp_path / "runs"
+    for one in running(tmp_path / "runs"):
+        try:
+            os.kill(one.process[1], signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+LONG = ("trainer.max_steps=1000", "trainer.checkpoint_every_n_steps=25")
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_run_cells_in_processes_of_their_own(launcher: str, root: Path) -> None:
+    """A cell that fails there is told of here, and the report has the others."""
+    arguments = [f"hydra/launcher={launcher}", "trainer.max_steps=20", "optim.adapter.lr=1e-3,1e30"]
+    process = start(root, *arguments)
+    code, out, err = finish(process)
+    assert code == 1, err
+    assert re.search(r"^sweep: 1 of 2 done, 1 failed, 0 left$", out, re.MULTILINE), out
+    assert len(re.findall(r"^failed: .*lr=1e\+?30", err, re.MULTILINE)) == 1, err
+    assert "the training loss became nan" in err
+    assert sorted(result.status for result in results(root).values()) == ["complete", "failed"]
+    (report,) = root.glob("sweeps/*/report")
+    assert len((report / "results.csv").read_text().splitlines()) == 1 + 1
+    processes = {Cell.model_validate_json(file.read_text()).process for file in root.glob("sweeps/*/cells/*")}
+    assert process.pid not in {number for _, number in processes}
+
+
+def test_joblib_divides_the_threads(tiny_bert_dir: Path, root: Path, tmp_path: Path) -> None:
+    """As many as there are cores, over all cells that run at once."""
+    import joblib
+
+    text = ["task=rte", "data.source=mini", f"backbone.path={tiny_bert_dir}", f"data.cache_dir={tmp_path}"]
+    several = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "strategy=head", "seed=0,1", "trainer.max_steps=2"]
+    process = start(root, *several, *text, base=("-m", "logger=csv"), environment=without("OMP_NUM_THREADS"))
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert [result.hardware["threads"] for result in results(root).values()] == [max(1, joblib.cpu_count() // 2)] * 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_cells_of_joblib_and_they_go_on_later(signum: int, root: Path) -> None:
+    arguments = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1,2", *LONG)
+    process = start(root, *arguments)
+    wait_for(lambda: len({file.parent for file in root.glob("*/checkpoints/step-*.ckpt")}) == 2, process)
+    os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)
+    code, out, err = finish(process)
+    assert code == 128 + signum, err
+    assert "the same command goes on" in out
+    assert [result.status for result in results(root).values()] == ["interrupted"] * 2
+    code, out, err = finish(start(root, *arguments))
+    assert code == 0, err
+    assert out.count("resuming at step") == 2
+    assert [result.status for result in results(root).values()] == ["complete"] * 3
+
+
+def test_workers_of_a_killed_sweep_stop_by_themselves(root: Path) -> None:
+    process = start(root, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *LONG)
+    wait_for(lambda: len({file.parent for file in root.glob("*/checkpoints/step-*.ckpt")}) == 2, process)
+    workers = [one.process[1] for one in running(root)]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert [result.status for result in results(root).values()] == ["interrupted"] * 2
+
+
+def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+    """submitit's local executor sends SIGUSR2 before the time is over, as Slurm does, and starts the job again."""
+    arguments = ("hydra/launcher=submitit_local", "seed=0", *LONG)
+    process = start(root, *arguments)
+    wait_for(lambda: list(root.glob("*/checkpoints/step-*.ckpt")), process)
+    (one,) = running(root)
+    os.kill(one.process[1], signal.SIGUSR2)
+    code, _, err = finish(process)
+    assert code == 0, err
+    logs = "".join(file.read_text() for file in root.glob(".submitit/*/*log.*"))
+    assert logs.count("resuming at step") == 1, logs
+    code, _, err = finish(start(tmp_path / "whole", "seed=0", *LONG))
+    assert code == 0, err
+    assert outcomes(root) == outcomes(tmp_path / "whole")
+
+
+def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
+    """In the middle of the first cell, then of the second: no cell is lost, and none is trained twice."""
+    arguments = ("strategy=uniform,autolora", *LONG)
+    for complete in (0, 1):
+        process = start(root, *arguments)
+        wait_for(lambda complete=complete: len(results(root)) >= complete and running_with_checkpoint(root), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    code, out, err = finish(start(root, *arguments))
+    assert code == 0, err
+    assert out.count("resuming at step") == 1
+    assert out.count("complete already") >= 1
+    assert "sweep: 2 of 2 done, 0 failed, 0 left" in out
+    (report,) = root.glob("sweeps/*/report")
+    assert len((report / "results.csv").read_text().splitlines()) == 1 + 2
+    assert json.loads(next(root.glob("*/result.json")).read_text())["status"] == "complete"
+    code, _, err = finish(start(tmp_path / "whole", *arguments))
+    assert code == 0, err
+    assert outcomes(root) == outcomes(tmp_path / "whole")
+
+
+def running_with_checkpoint(root: Path) -> bool:
+    folders = [file.parent.parent for file in root.glob("*/checkpoints/step-*.ckpt")]
+    return any(not (folder / "result.json").exists() for folder in folders)
