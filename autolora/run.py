@@ -79,9 +79,11 @@ def carry_out(run: Run) -> RunResult:
     checkpoint = begin(run)
     run.signals.check()
 
+    from autolora.training.fit import processes_of_one_run
     from autolora.training.problem import evaluate
 
     with ExitStack() as stack:
+        stack.enter_context(processes_of_one_run())
         stack.enter_context(cpu_threads(problem.threads))
         wandb_run = stack.enter_context(open_wandb(run, checkpoint)) if isinstance(cfg.logger, WandbConfig) else None
         logger = wandb_run.logger if wandb_run else None

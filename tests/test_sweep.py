@@ -289,6 +289,14 @@ def test_workers_of_a_killed_sweep_stop_by_themselves(root: Path) -> None:
     assert [result.status for result in results(root).values()] == ["interrupted"] * 2
 
 
+def test_cells_that_train_in_two_processes_follow_each_other(root: Path) -> None:
+    """Nothing of the first run's processes is left when the second begins."""
+    code, out, err = finish(start(root, "seed=0,1", "trainer.max_steps=8", "trainer.strategy=ddp", "trainer.devices=2"))
+    assert code == 0, err
+    assert "sweep: 2 of 2 done, 0 failed, 0 left" in out
+    assert [result.compute.passes for result in results(root).values()] == [2 * 8] * 2
+
+
 def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
     """submitit's local executor sends SIGUSR2 before the time is over, as Slurm does, and starts the job again."""
     arguments = ("hydra/launcher=submitit_local", "seed=0", *LONG)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from autolora.training.callbacks import HeldoutChoice
 from autolora.training.checkpoints import SafeFiles
 from autolora.training.module import AdapterModule
 from autolora.training.problem import Problem
+
+_GROUP_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def resolve_precision(precision: str | int, accelerator: str) -> str | int:
@@ -64,6 +68,27 @@ def make_trainer(arguments: dict[str, Any], *, root: Path, callbacks: Sequence[p
         )
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def processes_of_one_run() -> Iterator[None]:
+    """What Lightning leaves behind of training in several processes goes at the end of this context.
+
+    The next run in this process would take itself for one of them, and wait for others that have ended.
+    """
+    if torch.distributed.is_initialized():  # they were started by somebody else
+        yield
+        return
+    before = {name: os.environ.get(name) for name in _GROUP_VARIABLES}
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _several(arguments: dict[str, Any]) -> bool:
