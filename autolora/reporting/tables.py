@@ -56,6 +56,7 @@ def row_of(run: Run, variant: str = "") -> dict[str, object]:
         "ranks": _ranks(result.ranks),
         "config_hash": result.config_hash,
         "commit": result.git.commit,
+        "precision": result.hardware.get("precision"),
         "run": run.path.name,
     }
 
