@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 class Options(StrategyOptions):
     """Options of :class:`AdaLoRA`.
 
-    ``t_init`` and ``t_final`` are shares of the run's steps (published on GLUE: 0.1 to 0.15 and 0.45 to 0.6);
+    ``t_init`` and ``t_final`` are shares of the run's steps (published on GLUE: 0.09 to 0.18 and 0.44 to 0.58);
     ``orthogonality`` is the weight of the regulariser.
     """
 

@@ -10,7 +10,10 @@ from torch import nn
 
 from autolora.adapters import AdapterSettings, Targets, find_sites, largest_plan
 from autolora.adapters.select import match_modules, match_ranks, matches, select
+from autolora.compose import compose
 from autolora.errors import PlanError, TargetError
+from autolora.parts import adapter_settings
+from autolora.paths import config_root
 
 
 class Block(nn.Module):
@@ -201,3 +204,15 @@ def test_largest_plan_clips_with_a_warning() -> None:
     assert dict(plan) == {"embed": 2, "layers.0.key": 0} | dict.fromkeys(of("key", range(1, 12)), 4)
     with pytest.raises(PlanError, match=r"rank of embed: expected .*, got -1"):
         largest_plan(sites, AdapterSettings(rank_pattern={"embed": -1}), 2)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (config_root() / "experiment").glob("adalora_deberta_*")))
+def test_published_settings_adapt_six_linears_of_every_layer_of_deberta(name: str) -> None:
+    """And have the scale alpha / r of the ranks that they begin with."""
+    cfg = compose([f"experiment={name}"])
+    sites = find_sites(make("deberta_v2"), adapter_settings(cfg))
+    layers = {int(module.split(".layer.")[1].split(".")[0]) for module in sites}
+    assert len(sites) == 6 * len(layers) > 6
+    assert cfg.adapter.effective_scale() == cfg.adapter.alpha / cfg.max_rank  # type: ignore[operator]
+    assert 0.09 < cfg.strategy.options.t_init < 0.18  # type: ignore[attr-defined]
+    assert 0.43 < cfg.strategy.options.t_final < 0.59  # type: ignore[attr-defined]
