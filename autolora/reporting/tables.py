@@ -38,6 +38,7 @@ def row_of(run: Run, variant: str = "") -> dict[str, object]:
         "head_params": result.params.head,
         "peak_trainable": result.params.peak_trainable,
         "budget": result.params.budget,
+        "budget_rank": run.config.get("budget.rank"),
         "steps": result.steps,
         "fit_steps": result.compute.fit_steps,
         "retrain_steps": result.compute.retrain_steps,
