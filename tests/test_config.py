@@ -49,7 +49,7 @@ def test_every_file_composes_and_validates(group: str, choice: str) -> None:
 def test_named_choices_carry_their_name(group: str) -> None:
     for choice in (choice for g, choice in CHOICES if g == group):
         section = getattr(compose([f"{group}={choice}", *NEEDS.get((group, choice), [])]), group)
-        assert section.name == choice
+        assert section.name == choice.removesuffix("_5k")
 
 
 def test_files_and_models_have_the_same_defaults() -> None:
@@ -69,7 +69,7 @@ def test_strategy_files_show_every_option_at_its_default(name: str) -> None:
 
 
 def test_all_glue_tasks_are_choices() -> None:
-    assert {choice for group, choice in CHOICES if group == "task"} == {*GLUE, "planted", "planted_encoder"}
+    assert {choice for group, choice in CHOICES if group == "task"} >= {*GLUE, "planted", "planted_encoder"}
 
 
 def test_trainer_keys_are_arguments_of_lightnings_trainer() -> None:
@@ -172,7 +172,7 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("strategy=autolara", "strategy=autolara: unknown strategy 'autolara'; did you mean 'autolora'? (available: "),
         (
             "task=mnlli",
-            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, mnli, mrpc, planted, ",
+            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, mnli, mnli_5k, mrpc, planted, ",
         ),
         ("backbone=gpt5", "backbone=gpt5: unknown backbone 'gpt5' (available: bert_base, custom, "),
         ("budget=null", "budget=null: unknown budget 'null' (available: default, none)"),
