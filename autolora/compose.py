@@ -38,6 +38,7 @@ from autolora.validate import is_strategy, nearest, validate
 
 VERSION_BASE = "1.3"
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+_LAUNCHERS = "; joblib and submitit come with pip install 'autolora[sweep]', ray with pip install hydra-ray-launcher"
 _HYDRA_COMMANDS = ("hydra_help", "info", "shell_completion", "experimental_rerun")
 
 
@@ -196,7 +197,8 @@ class _Composer:
             try:
                 composed = self._composed([*plain, *first.values()])
             except _COMPOSE_ERRORS as error:
-                request.faults.append(_first_words(error))
+                words = _first_words(error)
+                request.faults.append(words + (_LAUNCHERS if "hydra/launcher" in words else ""))
             else:
                 request.plain = list(plain)
                 return composed

@@ -331,6 +331,12 @@ def test_ranges_and_globs_sweep() -> None:
     assert fault.startswith("seed=-1: expected an integer >= 0")
 
 
+def test_a_launcher_that_is_not_installed_says_where_it_comes_from() -> None:
+    (fault,) = faults_of("-m", "seed=0,1", "hydra/launcher=nowhere")
+    assert "hydra/launcher/nowhere" in fault
+    assert "pip install 'autolora[sweep]'" in fault
+
+
 def test_what_a_sweep_file_names_is_checked(tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     params = "{strategy: 'uniform,x', seed: '0,-1', nope: 1}"
