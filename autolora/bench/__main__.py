@@ -15,7 +15,7 @@ from autolora.bench.tables import line, markdown
 from autolora.errors import AutoLoRAError, ConfigError
 
 _HELP = f"""\
-usage: python -m autolora.bench [suite=steps|run|strategies] [key=value ...]
+usage: python -m autolora.bench [suite=steps|run|strategies|comparison] [key=value ...]
 
 Measure this project beside PEFT, print what comes out, and write it to bench.json.
 
@@ -42,6 +42,9 @@ suite=strategies: what every strategy spends on itself, as a share of a step, an
   shape=32x32            of the step that it is a share of
   modules=100,1000       of the chains that tell how it grows
   only=NAME,...          names of strategies
+
+suite=comparison: the report over many runs, the fixed cost of a cell of a sweep, evaluation against training
+  runs=1000 cells=4 steps=40 task=mnli precision=float32,bf16
 
 All: out=bench.json (the other suites' part of the file stays), backbone=minilm, backbone.path=DIR, seed=0,
 clock=wall (or cpu: processor time, for a machine that is busy with other things)
@@ -108,6 +111,10 @@ def _prepare(settings: options.Settings) -> tuple[str | None, int | None, Iterat
         from autolora.bench.bookkeeping import strategies_suite
 
         return None, torch.get_num_threads(), strategies_suite(settings)
+    if isinstance(settings, options.ComparisonSettings):
+        from autolora.bench.comparison import comparison_suite
+
+        return None, None, comparison_suite(settings)
     assert isinstance(settings, options.StepsSettings)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which measures memory, notes its start and stop
     import torch

@@ -32,7 +32,7 @@ from autolora.errors import AutoLoRAError
 RANK = 8
 _MOST_IMPORTS = 6
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": lambda: sum(os.times()[2:4])}
-_PRECISIONS = {"auto": "auto", "float32": "32-true", "bf16": "bf16-mixed"}
+PRECISIONS = {"auto": "auto", "float32": "32-true", "bf16": "bf16-mixed"}
 
 
 class RunFailedError(AutoLoRAError):
@@ -137,7 +137,7 @@ def _overrides(settings: RunSettings) -> list[str]:
         *(f"data.{key}={value}" for key, value in given.items()),
         f"budget.rank={RANK}",
         f"trainer.max_epochs={settings.epochs}",
-        f"trainer.precision={_PRECISIONS[settings.precision]}",
+        f"trainer.precision={PRECISIONS[settings.precision]}",
         "trainer.enable_progress_bar=false",
         f"optim.adapter.lr={settings.learning_rate}",
         f"optim.head.lr={settings.learning_rate}",
@@ -184,7 +184,7 @@ def _job(settings: RunSettings, cfg: RunConfig, rows: Path) -> dict[str, Any]:
         "rows": str(rows),
         "targets": list(Subject.load(settings.backbone, torch.device("cpu")).targets),
         "num_labels": problem.task.num_labels,
-        "bf16": str(resolve_precision(_PRECISIONS[settings.precision], accelerator)).startswith("bf16"),
+        "bf16": str(resolve_precision(PRECISIONS[settings.precision], accelerator)).startswith("bf16"),
         "cpu": accelerator == "cpu",
         "epochs": settings.epochs,
         "batch_size": settings.data.batch_size,

@@ -22,7 +22,7 @@ Forward = Literal["bare", "merged", "compact", "peft-pattern"]
 Once = Literal["attach-uniform8", "attach-autolora16", "attach-peft8", "attach-peft16", "select-autolora16"]
 Run = Literal["uniform8", "autolora8", "peft8-usual", "peft8-best"]
 Part = Literal["train", "evaluate", "memory", "once"]
-Suite = Literal["steps", "run", "strategies"]
+Suite = Literal["steps", "run", "strategies", "comparison"]
 Name = TypeVar("Name", bound=str)
 WITHOUT_BOOKKEEPING = ("head", "bitfit", "full", "prompt", "prefix", "ia3", "manual")
 """Strategies that ``suite=strategies`` leaves out: no ranks, or none without a file."""
@@ -131,13 +131,23 @@ class StrategiesSettings(Settings):
         return [name for name in names if name not in WITHOUT_BOOKKEEPING] if self.only is None else list(self.only)
 
 
+class ComparisonSettings(Settings):
+    """``suite=comparison``."""
+
+    runs: Count = 1000
+    cells: Annotated[int, Ge(2)] = 4
+    steps: Count = 40
+    task: Literal["mnli", "mrpc", "sst2", "rte", "qnli", "qqp"] = "mnli"
+    precision: Annotated[tuple[Literal["float32", "bf16"], ...], BeforeValidator(_separated)] = ("float32",)
+
+
 class TableSettings(Section):
     """``table=FILE``."""
 
     table: PathLike
 
 
-AnySettings = StepsSettings | RunSettings | StrategiesSettings | TableSettings
+AnySettings = StepsSettings | RunSettings | StrategiesSettings | ComparisonSettings | TableSettings
 
 
 def read_command_line(arguments: list[str]) -> AnySettings:
@@ -154,6 +164,8 @@ def read_command_line(arguments: list[str]) -> AnySettings:
         model = RunSettings
     elif "suite=strategies" in arguments:
         model = StrategiesSettings
+    elif "suite=comparison" in arguments:
+        model = ComparisonSettings
     settings = parse(model, arguments)
     assert isinstance(settings, AnySettings)
     if isinstance(settings, Settings) and settings.out.is_dir():

@@ -43,6 +43,10 @@ _UNITS = {
     "memory": ("MB", 1e-6),
     "run": ("s", 1.0),
     "bookkeeping": ("ms", 1.0),
+    "cell": ("s", 1.0),
+    "dev": ("rows/s", 1.0),
+    "report": ("s", 1.0),
+    "report-memory": ("MB", 1e-6),
 }
 
 
@@ -55,6 +59,8 @@ def markdown(report: Report) -> str:
         parts += _runs(report.suites["run"])
     if "strategies" in report.suites:
         parts += _strategies(report.suites["strategies"])
+    if "comparison" in report.suites:
+        parts += _comparison(report.suites["comparison"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,6 +141,19 @@ def _strategies(suite: Suite) -> list[str]:
         for row in suite.rows
     ]
     return [_table(header, cells), _place(suite)]
+
+
+def _comparison(suite: Suite) -> list[str]:
+    """What comparing costs."""
+    cells = [
+        [
+            row.name + (f", {row.precision}" if row.precision else ""),
+            f"{_value(row)} {_UNITS[row.part][0]}",
+            _ratio(row.ratios.get("training")),
+        ]
+        for row in suite.rows
+    ]
+    return [_table(["Comparing", "median", "÷ training"], cells), _place(suite)]
 
 
 def _imports(row: Row) -> str:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reporting.fake_runs import write_run
 
 from autolora.bench.__main__ import main
+from autolora.bench.comparison import copy_runs
 from autolora.bench.measure import Interval
 from autolora.bench.report import Report, Row, Suite, read_report
 from autolora.bench.tables import BEGIN, END, line, markdown
+from autolora.reporting.runs import load_runs
+from autolora.results import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 TINY = ["rounds=2", "warmup=1", "shapes=2x8"]
@@ -115,6 +119,32 @@ def test_steps_from_end_to_end(tiny_bert_dir: Path, tmp_path: Path, capsys: pyte
     # A second measurement of less replaces the suite's part of the file.
     main([f"backbone.path={tiny_bert_dir}", f"out={out}", "precision=bf16", "only=limit,peft8", "parts=train", *TINY])
     assert [row.precision for row in read_report(out).suites["steps"].rows] == ["bf16", "bf16"]
+
+
+def test_comparison_from_end_to_end(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    small = ["runs=60", "cells=2", "steps=4", "task=rte"]
+    main(["suite=comparison", f"backbone.path={tiny_bert_dir}", f"out={out}", *small])
+    rows = {row.part: row for row in read_report(out).suites["comparison"].rows}
+    assert rows.keys() == {"cell", "dev", "report", "report-memory"}
+    assert rows["cell"].rounds == 1  # of two cells the first one pays for the imports
+    assert rows["dev"].ratios["training"].median > 0
+    assert 0 < rows["cell"].value.median < 60
+    assert rows["report-memory"].value.median > 1e7
+    table = markdown(read_report(out))
+    assert "| fixed cost of a cell, float32 |" in table
+    assert "| report over 60 runs |" in table
+
+
+def test_copied_runs_are_runs_that_the_report_can_compare(tmp_path: Path) -> None:
+    """Ten strategies on five tasks, as many seeds as there are copies for, and every score that of its predictions."""
+    run = write_run(tmp_path / "one", examples=50)
+    copy_runs(RunDirectory(run), tmp_path / "many", 100, seed=0)
+    found = load_runs([tmp_path / "many"])
+    assert (len(found.runs), found.skipped, found.flagged) == (100, [], [])
+    assert {run.result.seed for run in found.runs} == {0, 1}
+    assert len({(run.result.strategy, run.task) for run in found.runs}) == 50
+    assert all(run.scored is not None for run in found.runs)
 
 
 @pytest.mark.slow
