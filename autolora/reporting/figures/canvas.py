@@ -22,6 +22,8 @@ COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7f7f7f", "#5e3c99", "#b2182b",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
+_INCHES_A_LETTER = 0.075
+"""In a legend, at 8 points."""
 _INK = "#010101"
 """What is drawn in it takes the colour of the text around the figure when it is inside a page."""
 _STYLE: Any = {
@@ -157,4 +159,6 @@ def legend(drawn: Any, styles: Mapping[str, Mapping[str, Any]], *, linestyle: Li
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linestyle=linestyle, label=label, **style) for label, style in styles.items()]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=min(4, max(1, len(handles))), fontsize=8)
+    widest = 0.35 + _INCHES_A_LETTER * max(map(len, styles), default=0)
+    columns = min(4, len(handles), int(drawn.get_size_inches()[0] / widest))
+    drawn.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), fontsize=8)

@@ -175,13 +175,19 @@ def _mark(figure: Figure, ax: Axes, point: Point, style: Mapping[str, Any], axis
 
 def dress(ax: Axes, task: str, some: Run, axis: str, costs: Sequence[float], *, log_score: bool) -> None:
     """Title, labels and scales of a panel; costs that span more than a factor of 8 have a logarithmic one."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     ax.set_title(task, fontsize=9)
     ax.set(xlabel=axis, ylabel=some.result.metrics.primary.replace("_", " "))
     positive = [cost for cost in costs if cost > 0]
     if positive and max(positive) > 8 * min(positive):
         if len(positive) == len(costs):
             ax.set_xscale("log")
+            subs = (1, 2, 5) if max(positive) < 300 * min(positive) else (1,)
+            ax.xaxis.set_major_locator(LogLocator(subs=subs))
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         else:
             ax.set_xscale("symlog", linthresh=min(positive))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     if log_score:
         ax.set_yscale("log")
