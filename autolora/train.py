@@ -82,11 +82,18 @@ def _checked(arguments: Sequence[str]) -> int:
         return 2
     # Hydra shortens tracebacks; what is not an error for the user is one for us, and is shown whole.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    return _one(line.arguments) if line.grid is None else _sweep(line.arguments, line.grid)
+    from autolora.parts import is_main_process
+
+    # Of several processes that were started from outside, the first one keeps the records of a sweep.
+    if line.grid is not None and is_main_process():
+        return _sweep(line.arguments, line.grid)
+    return _one(line.arguments)
 
 
 def _one(arguments: Sequence[str]) -> int:
-    """A single run."""
+    """A single run, or runs that another process keeps the records of."""
+    from autolora.parts import is_main_process
+
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> None:
@@ -94,8 +101,6 @@ def _one(arguments: Sequence[str]) -> int:
             _run(cfg)
         except Interrupted as stop:
             # A worker process that exits with an error would have Lightning kill the first one.
-            from autolora.parts import is_main_process
-
             codes.append(stop.exit_code if is_main_process() else 0)
         except AutoLoRAError as error:
             _complain(error)

@@ -87,6 +87,15 @@ def test_sweep_file_runs_every_combination(runs: Runs) -> None:
     assert cells == [("mrpc", s, n) for s in ("uniform", "autolora") for n in (0, 1, 2)]
 
 
+def test_of_several_processes_the_first_keeps_the_records_of_a_sweep(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert exit_code("-m", "seed=0,1") == 0
+    assert [config.seed for config in runs] == [0, 1]
+    assert not (tmp_path / "runs/sweeps").exists()
+
+
 def test_faults_stop_before_any_run(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("-m", "strategy=uniform,autolara", "budget.rnk=4") == 2
     assert runs == []
