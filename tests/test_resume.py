@@ -562,9 +562,9 @@ def test_a_resumed_run_is_one_run_for_wandb(tmp_path: Path, stopper: Stopper) ->
     cfg = planted(tmp_path, "trainer.max_steps=12", "logger=wandb")
     files = stopped_at(cfg, stopper, 5)
     run_one(cfg)
-    names = [path.name for path in files.wandb.glob("offline-run-*")]
-    assert len(names) == 2
-    assert len({name.rpartition("-")[2] for name in names}) == 1
+    parts = [path.name for path in files.wandb.glob("offline-run-*/run-*.wandb")]
+    assert len(parts) == 2
+    assert len(set(parts)) == 1
 
 
 # A disk that fills ---------------------------------------------------------------------------------------------------
