@@ -375,13 +375,18 @@ class TrainerConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases; ``auto`` is offline, because syncing is the user's choice."""
+    """Weights & Biases; ``auto`` is offline, because syncing is the user's choice.
+
+    Without a ``group`` and a ``job_type`` a run has those of :func:`autolora.training.loggers.labels`; ``tags`` come
+    besides those of it.
+    """
 
     name: Literal["wandb"] = "wandb"
     project: Text = "autolora"
     entity: Text | None = None
     mode: Literal["auto", "offline", "online", "disabled"] = "auto"
     group: Text | None = None
+    job_type: Text | None = None
     tags: Names = ()
 
 

@@ -109,7 +109,7 @@ def carry_out(run: Run) -> RunResult:
         run.signals.check()
         result = describe(run, selection, scores)
         if wandb_run is not None:
-            wandb_run.finish_with({f"dev/{name}": value for name, value in scores.all.items()}, result.ranks)
+            wandb_run.finish_with(result)
     if is_main_process():
         write(run, result, outputs)
     return result
@@ -289,11 +289,14 @@ def write(run: Run, result: RunResult, outputs: dict[str, Outputs]) -> None:
 
 
 def open_wandb(run: Run, checkpoint: Checkpoint | None) -> Any:
-    """A W&B run in the run directory; one that is resumed keeps its identifier."""
-    from autolora.training.loggers import WandbRun
+    """A W&B run in the run directory; one that is resumed keeps its identifier. What the user says of it wins."""
+    from autolora.training.loggers import WandbRun, labels
 
-    path, cfg = run.directory.path, run.cfg
+    path, cfg, problem = run.directory.path, run.cfg, run.problem
     settings = cfg.logger.model_dump(exclude={"name"})
+    ours = labels(problem.name, problem.data_source, problem.backbone, cfg.strategy.name, cfg.seed)
+    settings |= {key: settings[key] or ours[key] for key in ("group", "job_type")}
+    settings["tags"] = list(dict.fromkeys([*settings["tags"], *ours["tags"]]))
     resume = (checkpoint or run.selection).logger if checkpoint or run.selection else None  # type: ignore[union-attr]
     return WandbRun(path, path.name, settings, cfg.model_dump(mode="json"), resume)
 

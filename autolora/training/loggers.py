@@ -8,8 +8,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autolora.results import RunResult
+
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
+
+DEV = "dev/{}"
+"""Name in a run's summary of a metric on dev."""
+ADAPTER_PARAMETERS = "params/adapter"
+"""Name in a run's summary of what :attr:`autolora.results.Params.adapter` counts."""
+TOTAL_SECONDS = "seconds/total"
+"""Name in a run's summary of the seconds of a whole run."""
+_LONGEST_TAG = 64  # W&B refuses longer ones
+
+
+def labels(task: str, source: str, backbone: str, strategy: str, seed: int) -> dict[str, Any]:
+    """What W&B sorts runs by: runs that may be compared are a group, a strategy is a type of job.
+
+    Returns:
+        ``group``, ``job_type`` and ``tags``.
+    """
+    return {
+        "group": f"{task}-{source}-{backbone}",
+        "job_type": strategy,
+        "tags": [tag[:_LONGEST_TAG] for tag in (task, strategy, source, f"seed{seed}")],
+    }
+
+
+def summary(result: RunResult) -> dict[str, float | None]:
+    """The numbers of a result that a run's summary on W&B has, by name there."""
+    numbers = {DEV.format(name): value for name, value in result.metrics.all.items()}
+    return numbers | {
+        ADAPTER_PARAMETERS: result.params.adapter,
+        "params/extra": result.params.extra,
+        "params/head": result.params.head,
+        TOTAL_SECONDS: result.seconds.total,
+    }
 
 
 def wandb_mode(mode: str) -> str:
@@ -36,7 +70,7 @@ class WandbRun:
     Args:
         directory: the run directory; files go to its ``wandb/``.
         name: of the run.
-        settings: project, entity, mode, group and tags.
+        settings: project, entity, mode, group, job_type and tags.
         config: the run's configuration.
         resume: identifier of a W&B run to go on with; offline it becomes another part of the same run.
     """
@@ -65,6 +99,7 @@ class WandbRun:
             project=self.settings["project"],
             entity=self.settings["entity"],
             group=self.settings["group"],
+            job_type=self.settings["job_type"],
             tags=list(self.settings["tags"]),
             mode=wandb_mode(self.settings["mode"]),
             config=dict(self.config),
@@ -80,15 +115,15 @@ class WandbRun:
 
         wandb.finish(exit_code=0 if kind is None else 1)
 
-    def finish_with(self, summary: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    def finish_with(self, result: RunResult) -> None:
         """Log final numbers, the ranks as a table, and a role × depth heat map."""
         import wandb
 
         assert self.logger is not None
         run = self.logger.experiment
-        run.summary.update(dict(summary))
-        table = wandb.Table(columns=["module", "rank"], data=[[name, rank] for name, rank in ranks.items()])
-        figure = rank_heatmap(ranks)
+        run.summary.update(summary(result))
+        table = wandb.Table(columns=["module", "rank"], data=[[name, rank] for name, rank in result.ranks.items()])
+        figure = rank_heatmap(result.ranks)
         run.log({"ranks": table, "rank_heatmap": wandb.Image(figure)})
 
 
