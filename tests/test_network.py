@@ -15,7 +15,7 @@ from autolora.network import why_unreachable
 def test_probe_is_bounded_even_if_the_request_never_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     # Looking a name up has no time-out: the bound is that the probe leaves its thread behind.
     release = threading.Event()
-    monkeypatch.setattr(network, "_head", lambda url: release.wait() and None)
+    monkeypatch.setattr(network, "_head", lambda url, any_answer: release.wait() and None)
     monkeypatch.setattr(network, "PROBE_SECONDS", 0.05)
     waits = []
     join = threading.Thread.join
@@ -55,8 +55,10 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert why_unreachable(f"http://127.0.0.1:{server.getsockname()[1]}") is not None
 
 
-@pytest.mark.parametrize(("code", "said"), [(200, None), (404, "answered 404")])
-def test_an_answer_is_told_from_an_error(code: int, said: str | None) -> None:
+@pytest.mark.parametrize(
+    ("code", "any_answer", "said"), [(200, False, None), (404, False, "answered 404"), (404, True, None)]
+)
+def test_an_answer_is_told_from_an_error(code: int, any_answer: bool, said: str | None) -> None:
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(code)
@@ -67,5 +69,5 @@ def test_an_answer_is_told_from_an_error(code: int, said: str | None) -> None:
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        problem = why_unreachable(f"http://127.0.0.1:{server.server_port}")
+        problem = why_unreachable(f"http://127.0.0.1:{server.server_port}", any_answer=any_answer)
     assert (problem is None) if said is None else (problem is not None and said in problem)
