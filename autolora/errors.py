@@ -40,6 +40,10 @@ class BusyError(AutoLoRAError):
     """Another process works on the same run directory."""
 
 
+class ServiceError(AutoLoRAError):
+    """A service wants an account, cannot be reached, or refuses what it is sent."""
+
+
 class PathError(AutoLoRAError):
     """A file or folder cannot be made where it was asked for."""
 

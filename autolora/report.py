@@ -1,4 +1,7 @@
-"""Compare runs: ``python -m autolora.report runs=DIR[,DIR...] out=DIR``. Reads run directories and never trains."""
+"""Compare runs: ``python -m autolora.report runs=DIR[,DIR...] out=DIR``. Reads run directories and never trains.
+
+Nothing leaves the machine unless ``wandb=true`` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from autolora.config import PathLike, Section, Text
+from autolora.config import PathLike, Section, Text, WandbConfig
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.validate import parse
 
 _HELP = """\
 usage: python -m autolora.report runs=DIR[,DIR...] out=DIR [reference=STRATEGY] [title=TEXT]
+                                 [wandb=true [project=NAME] [entity=NAME]]
 
 Compare the runs under some folders and write the report: index.html (opens offline), results.csv, table.md, table.tex,
 sentences.txt and figures/.
@@ -20,8 +24,12 @@ sentences.txt and figures/.
   out=DIR              where the report goes; what is there already is replaced
   reference=STRATEGY   what the others are compared with (default: uniform); a strategy or a label of the table
   title=TEXT           of the page
+  wandb=true           then publish it on Weights & Biases too: a Report on the runs there, and an Artifact of the
+                       files; offline runs get there by: wandb sync DIR/*/wandb/offline-run-*
+  project=NAME         on W&B (default: autolora)
+  entity=NAME          on W&B: a user or a team (default: the account's)
 
-Exit codes: 0 done, 1 nothing to report or it cannot be written, 2 the command line is wrong.
+Exit codes: 0 done, 1 nothing to report, or it cannot be written or published, 2 the command line is wrong.
 """
 
 
@@ -32,6 +40,9 @@ class Settings(Section):
     out: PathLike
     reference: Text | None = None
     title: Text = "Rank selection"
+    wandb: bool = False
+    project: Text = WandbConfig().project
+    entity: Text | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments in place of ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: 1 if there is nothing to report or it cannot be written, 2 if the command line is wrong.
+        SystemExit: 1 if there is nothing to report, or it cannot be written or published, 2 if the command line is
+            wrong.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments):
@@ -55,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(settings: Settings) -> None:
-    """Write the report, and print what it says and what it could not use.
+    """Write the report, and print what it says and what it could not use; then publish it, if that is asked for.
 
     Raises:
-        AutoLoRAError: if there is nothing to report, no such reference, or no place to write to.
+        AutoLoRAError: if there is nothing to report, no such reference, or no place to write to; or if it is written
+            and cannot be published.
     """
     from autolora.reporting.report import write_report
     from autolora.reporting.runs import load_runs
@@ -72,7 +85,12 @@ def report(settings: Settings) -> None:
     if found.skipped:
         print(f"{len(found.skipped)} directories were not used:")
         print(*(f"  {path}: {reason.splitlines()[0]}" for path, reason in found.skipped), sep="\n")
-    print(f"written to {settings.out / 'index.html'}")
+    print(f"written to {settings.out / 'index.html'}", flush=True)
+    if settings.wandb:
+        from autolora.reporting.publish import publish
+
+        address = publish(arenas, settings.out, title=settings.title, project=settings.project, entity=settings.entity)
+        print(f"published as {address}")
 
 
 if __name__ == "__main__":
