@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ class Grid:
     """A sweep as it was asked for.
 
     ``name`` is the choice of the group ``sweep``, or "sweep"; ``digest`` is the same for the same cells in the same
-    order; ``cells`` is their number, ``None`` where another sweeper than Hydra's own decides it; ``local`` says that
-    they run in this process, one after the other.
+    order; ``cells`` is their number, ``None`` where another sweeper than Hydra's own decides it; ``run_root`` is
+    absolute; ``local`` says that they run in this process, one after the other, ``force`` that all run again; ``flags``
+    are the options of the command line that are no overrides, which every cell needs.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Grid:
     cells: int | None
     run_root: Path
     local: bool
+    force: bool = False
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,11 @@ def check_command_line(argv: Sequence[str]) -> CommandLine:
     flags = list(argv)
     for override in args.overrides:
         flags.remove(override)
-    arguments = [*flags, *request.plain, *(_joined(setting) for setting in request.settings)]
-    return CommandLine(arguments, None if args.cfg else grid)
+    joined = (_joined(setting, by_file=setting.key in composer.swept) for setting in request.settings)
+    if grid is not None:
+        kept = [flag for flag in flags if flag not in ("-m", "--multirun")]
+        grid = replace(grid, flags=(*kept, *(text for text in request.plain if "searchpath" in text)))
+    return CommandLine([*flags, *request.plain, *joined], None if args.cfg else grid)
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -141,8 +147,13 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return root, config_dir
 
 
-def _joined(setting: _Setting) -> str:
-    """A setting as one override again; a sweep keeps the form in which it was typed."""
+def _joined(setting: _Setting, *, by_file: bool) -> str:
+    """A setting as one override again; a sweep keeps the form in which it was typed.
+
+    What a file sweeps over is set in the form that it has there: Hydra takes ``++seed`` for something besides ``seed``.
+    """
+    if by_file and not setting.group:
+        return setting.typed.lstrip("+")
     if len(setting.overrides) == 1:
         return setting.overrides[0]
     return setting.typed if setting.group else f"++{setting.typed.lstrip('+')}"
@@ -156,6 +167,7 @@ class _Composer:
         self.base = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
         self.defaults = _defaults([folder for folder in (root, config_dir) if folder], self.name)
         self.parser = OverridesParser.create()
+        self.swept: set[str] = set()  # keys that a file sweeps over
 
     @contextmanager
     def ready(self) -> Iterator[_Composer]:
@@ -282,6 +294,7 @@ class _Composer:
     def _swept_by_file(self, hydra: DictConfig, request: _Request) -> list[_Setting]:
         """What a file of the ``sweep`` group sweeps over, unless the command line sets it."""
         params = hydra.sweeper.get("params") or {}
+        self.swept = set(params)
         typed = {setting.key for setting in request.settings}
         inner = self.take_apart([f"{key}={value}" for key, value in params.items() if key not in typed])
         request.faults += inner.faults
@@ -325,7 +338,8 @@ def _grid(settings: Sequence[_Setting], hydra: DictConfig, first: RunConfig) -> 
         name=hydra.runtime.choices.get("sweep") or "sweep",
         digest=hashlib.sha256("\n".join(told).encode()).hexdigest()[:10],
         cells=math.prod(len(setting.overrides) for setting in settings) if own else None,
-        run_root=first.run_root,
+        run_root=first.run_root.absolute(),
+        force=first.force,
         local=hydra.launcher._target_.endswith("BasicLauncher"),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 PREEMPTING = signal.SIGUSR2
+_active: list[Signals] = []
 
 
 class Interrupted(BaseException):
@@ -38,8 +39,10 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Inside this context a first SIGINT or SIGTERM waits for :meth:`check`, or raises :class:`Interrupted`; so does a
-    SIGUSR2 that somebody answers outside.
+    """Inside this context a first SIGINT or SIGTERM waits for :meth:`check`, or raises :class:`Interrupted`.
+
+    Where somebody answers SIGUSR2 outside, as submitit does, that is a request to stop too, and SIGTERM is left to who
+    answers it there: a job that is about to be preempted gets both, and only the first says to queue it again.
 
     While ``deferred`` is set, as it is on entering, a first signal is only kept in ``received``; a second raises at
     once, and one after that has its usual effect. In the middle of an import, which an exception would leave half done
@@ -55,25 +58,30 @@ class Signals:
         self.deferred = False
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._ours: tuple[int, ...] = ()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.getsignal(signum) for signum in (*STOPPING, PREEMPTING)}
-            if not callable(self._before[PREEMPTING]):
-                del self._before[PREEMPTING]
+            queued = callable(self._before[PREEMPTING])
+            self._ours = (signal.SIGINT, PREEMPTING) if queued else STOPPING
         self.take_over()
         self.deferred = True
+        _active.append(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _active.remove(self)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+        if _active and self.received is not None and kind is not Interrupted:  # nobody has answered it
+            _active[-1].received = self.received
 
     def take_over(self) -> None:
         """Put our handlers in place, also of what a library has put there since."""
-        for signum in self._before:
-            signal.signal(signum, self._handle)
+        for signum, handler in self._before.items():
+            signal.signal(signum, self._handle if signum in self._ours else handler)
 
     def check(self) -> None:
         """Between two steps: answer a signal that waits.
@@ -102,8 +110,8 @@ class Signals:
                 os.write(2, f"{name}: stopping after this step; once more stops at once\n".encode())
             return
         self.received = signum
-        for other in self._before:
-            signal.signal(other, signal.SIG_DFL)
+        for other in self._ours:
+            signal.signal(other, self._before[other] if other == PREEMPTING else signal.SIG_DFL)
         if importing:
             signal.raise_signal(signum)
         raise Interrupted(signum)

@@ -27,11 +27,13 @@ from autolora.compose import Grid
 from autolora.errors import AutoLoRAError, ConfigError, DataError
 from autolora.files import read_json, write_json_atomic, writing
 from autolora.results import RunDirectory
-from autolora.signals import STOPPING, Interrupted, requeue
+from autolora.signals import STOPPING, Interrupted, Signals, requeue
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+IN_CELL = "AUTOLORA_IN_CELL"
+"""Set in the environment of the processes of one cell: one that fails must not have Lightning kill the whole sweep."""
 _POLL_SECONDS = 1.0
 
 
@@ -76,8 +78,8 @@ class Sweep:
 
     @property
     def path(self) -> Path:
-        """Its folder; absolute, for the sake of processes that begin elsewhere."""
-        return (self.grid.run_root / "sweeps" / f"{self.grid.name}-{self.grid.digest}").absolute()
+        """Its folder."""
+        return self.grid.run_root / "sweeps" / f"{self.grid.name}-{self.grid.digest}"
 
     @property
     def report(self) -> Path:
@@ -98,18 +100,23 @@ class Sweep:
             launch: returns when every cell has ended; each goes through :meth:`run_cell`.
 
         Returns:
-            The exit code: 0 if all are complete, 1 if one failed, 2 if its configuration was wrong, 128 + the signal if
-            one has asked to stop.
+            The exit code: 0 if all are complete, 1 if one failed or was stopped, 2 if its configuration was wrong,
+            128 + the signal if one has asked the sweep to stop.
         """
         with writing(self.path):
             (self.path / "cells").mkdir(parents=True, exist_ok=True)
         self._stop.unlink(missing_ok=True)
+        for cell in self.cells():
+            if self.grid.force or cell.run is None or not RunDirectory(cell.run).result.exists():
+                self._file(cell.number).unlink()
         broken = None
         with self._watched():
             try:
                 launch()
             except Exception:  # a worker that was killed, a queue that is not there
                 broken = traceback.format_exc()
+                while any(self._runs_here(cell) for cell in self.cells()):  # submitit leaves its other jobs alone
+                    time.sleep(_POLL_SECONDS)
         return self._conclude(broken)
 
     @contextmanager
@@ -144,29 +151,32 @@ class Sweep:
             signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
         self._stop.write_text(str(signum), encoding="ascii")
         for cell in self.cells():
-            if cell.status == "running" and cell.began >= self.began and cell.process[0] == self.owner[0]:
-                with suppress(ProcessLookupError):
-                    os.kill(cell.process[1], signum)
+            if self._runs_here(cell):
+                with suppress(ProcessLookupError):  # SIGINT, since submitit has its jobs pass over SIGTERM
+                    os.kill(cell.process[1], signal.SIGINT)
 
     def _conclude(self, broken: str | None) -> int:
         cells = self.cells()
-        failed = [cell for cell in self._ended(cells) if cell.status == "failed"]
         complete = [cell for cell in cells if cell.status == "complete"]
-        code = max((cell.code for cell in failed), default=0)
+        failed = [cell for cell in self._ended(cells) if cell.status == "failed"]
+        stopped = [cell for cell in cells if cell.began >= self.began and cell.status in ("running", "interrupted")]
         print(f"\n{self._counts(cells)}")
+        code = max((cell.code for cell in failed), default=0)
         if complete:
             code = max(code, self._write_report(complete))
         for cell in failed:
             print(f"failed: {cell.name}", *_last_words(cell), sep="\n  ", file=sys.stderr)
+        for cell in stopped:
+            print(f"{'killed' if cell.status == 'running' else 'interrupted'}: {cell.name}", file=sys.stderr)
         if broken is not None:
             print(broken, end="", file=sys.stderr)
-            code = max(code, 1)
         stopped_by = self._stopped_by()
         if stopped_by is not None:
             print(f"interrupted by {signal.Signals(stopped_by).name}; the same command goes on")
-            code = 128 + stopped_by
-        elif failed or broken is not None:
-            print("the same command tries again what is not complete", file=sys.stderr)
+            return 128 + stopped_by
+        if failed or stopped or broken is not None or self._left(cells):
+            print("the same command goes on with what is not complete", file=sys.stderr)
+            return max(code, 1)
         return code
 
     def _write_report(self, complete: list[Cell]) -> int:
@@ -176,64 +186,81 @@ class Sweep:
         runs = [cell.run for cell in complete if cell.run is not None]
         try:
             write_report(read_runs(runs, str(self.path)), self.report, title=self.grid.name.replace("_", " "))
-        except AutoLoRAError as error:
-            print(f"error: no report: {error}", file=sys.stderr)
+        except Exception as error:  # the runs are there, whatever is wrong with the report
+            print(f"error: no report: {_told(error)}", file=sys.stderr)
             return 1
         print(f"report: {self.report / 'index.html'}")
         return 0
 
     # The process that runs a cell -----------------------------------------------------------------------------------
 
-    def run_cell(self, cfg: DictConfig, run: Callable[[DictConfig], RunDirectory]) -> None:
+    def run_cell(self, cfg: DictConfig, run: Callable[[DictConfig, Signals], RunDirectory]) -> None:
         """Run the cell that Hydra is at, and write down what became of it; errors end the cell and not the sweep.
 
         Args:
             cfg: its configuration.
-            run: runs it.
+            run: runs it, and answers signals.
         """
         from hydra.core.hydra_config import HydraConfig
 
         ours = _this_process() == self.owner
         if not ours:
             _follow_parent(self.owner[1])
-        if self._stopped_by() is not None:
-            return
         hydra = HydraConfig.get()
         overrides = tuple(hydra.overrides.task)
-        cell = Cell(number=hydra.job.num, overrides=overrides, began=time.time(), process=_this_process())
-        self._write(cell)
-        stop = None
-        try:
-            with _arguments(overrides):
-                directory = run(cfg)
-        except Interrupted as interrupted:
-            stop = interrupted
-            outcome: dict[str, Any] = {"status": "interrupted"}
+        stop: Interrupted | None = None
+        with Signals(quiet=True) as signals:
+            cell = Cell(number=hydra.job.num, overrides=overrides, began=time.time(), process=_this_process())
+            before = self._read(cell.number)
+            self._write(cell)
+            if self._stopped_by() is not None:  # asked for after it is known that this cell runs
+                self._file(cell.number).unlink() if before is None else self._write(before)
+                return
+            try:
+                with self._as_one_run(overrides):
+                    directory = run(cfg, signals)
+            except Interrupted as interrupted:
+                stop = interrupted
+                outcome: dict[str, Any] = {"status": "interrupted"}
+            except Exception as error:
+                outcome = {
+                    "status": "failed",
+                    "error": _told(error),
+                    "code": 2 if isinstance(error, ConfigError) else 1,
+                }
+                print(f"error: {outcome['error']}", file=sys.stderr)
+            else:
+                trained = directory.result.stat().st_mtime >= cell.began
+                outcome = {"status": "complete", "run": directory.path.absolute(), "trained": trained}
+            self._write(cell.model_copy(update=outcome))
+            if stop is None and signals.received is not None:  # too late for this cell
+                stop = Interrupted(signals.received)
+        if stop is not None:
             if ours:
                 self._stop.write_text(str(stop.signum), encoding="ascii")
-        except Exception as error:
-            outcome = {"status": "failed", "error": _told(error), "code": 2 if isinstance(error, ConfigError) else 1}
-            print(f"error: {outcome['error']}", file=sys.stderr)
-        else:
-            trained = directory.result.stat().st_mtime >= cell.began
-            outcome = {"status": "complete", "run": directory.path.absolute(), "trained": trained}
-        self._write(cell.model_copy(update=outcome))
-        if stop is not None:
             requeue(stop)
             if _gone(self.owner):  # nobody reads what a worker returns, and it would wait for ever
                 os._exit(stop.exit_code)
-        elif ours and self._left(self.cells()) != 0:
+        elif ours and outcome.get("trained", True) and self._left(self.cells()) != 0:
             print(self.progress(), flush=True)
+
+    @contextmanager
+    def _as_one_run(self, overrides: tuple[str, ...]) -> Iterator[None]:
+        """Inside this context the command line is that of the cell, with which Lightning starts other processes."""
+        before, sys.argv = sys.argv, [sys.argv[0], *self.grid.flags, *overrides, "hydra.mode=RUN"]
+        os.environ[IN_CELL] = "1"
+        try:
+            yield
+        finally:
+            sys.argv = before
+            del os.environ[IN_CELL]
 
     # Both -----------------------------------------------------------------------------------------------------------
 
     def cells(self) -> list[Cell]:
         """What is known of the cells that have begun, now or when the command was given before."""
-        found = []
-        for file in sorted((self.path / "cells").glob("*.json")):
-            with suppress(DataError, ValidationError):
-                found.append(Cell.model_validate(read_json(file, f"{file} is gone")))
-        return found
+        numbers = sorted(int(file.stem) for file in (self.path / "cells").glob("[0-9]*.json"))
+        return [cell for cell in map(self._read, numbers) if cell is not None]
 
     def progress(self) -> str:
         """One line: cells that are done, failed and left, and when the sweep should end."""
@@ -271,8 +298,23 @@ class Sweep:
         except (OSError, ValueError):
             return None
 
+    def _runs_here(self, cell: Cell) -> bool:
+        """Whether a cell is running in another process of this machine."""
+        elsewhere = cell.process[0] != self.owner[0] or cell.process == self.owner
+        return cell.status == "running" and cell.began >= self.began and not elsewhere and not _gone(cell.process)
+
+    def _file(self, number: int) -> Path:
+        return self.path / "cells" / f"{number:05d}.json"
+
+    def _read(self, number: int) -> Cell | None:
+        """What is known of a cell; a damaged file says nothing."""
+        try:
+            return Cell.model_validate(read_json(self._file(number), ""))
+        except (DataError, ValidationError):
+            return None
+
     def _write(self, cell: Cell) -> None:
-        write_json_atomic(self.path / "cells" / f"{cell.number:05d}.json", cell.model_dump(mode="json"))
+        write_json_atomic(self._file(cell.number), cell.model_dump(mode="json"))
 
 
 def _this_process() -> tuple[str, int]:
@@ -305,16 +347,6 @@ def _follow_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _arguments(overrides: tuple[str, ...]) -> Iterator[None]:
-    """Inside this context the command line is that of the cell: Lightning starts its other processes with it."""
-    before, sys.argv = sys.argv, [sys.argv[0], *overrides]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def _told(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -98,16 +99,23 @@ def _one(arguments: Sequence[str]) -> int:
 
     def job(cfg: DictConfig) -> None:
         try:
-            _run(cfg)
+            with Signals(quiet=True) as signals:
+                _run(cfg, signals)
         except Interrupted as stop:
-            # A worker process that exits with an error would have Lightning kill the first one.
-            codes.append(stop.exit_code if is_main_process() else 0)
+            codes.append(stop.exit_code)
         except AutoLoRAError as error:
             _complain(error)
             codes.append(2 if isinstance(error, ConfigError) else 1)
+        except Exception:
+            from autolora.sweep import IN_CELL
+
+            if IN_CELL not in os.environ:
+                raise
+            traceback.print_exc()
 
     _hydra(job, arguments)
-    return max(codes, default=0)
+    # A worker process that exits with an error would have Lightning kill the first one, which tells of it too.
+    return max(codes, default=0) if is_main_process() else 0
 
 
 def _sweep(arguments: Sequence[str], grid: Grid) -> int:
@@ -135,18 +143,21 @@ def _hydra(job: Callable[[DictConfig], None], arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
-def _run(cfg: DictConfig) -> RunDirectory:
+def _run(cfg: DictConfig, signals: Signals) -> RunDirectory:
+    """Run one configuration; a signal that came while that failed counts more than the failure."""
     from autolora.compose import plain_tree
     from autolora.validate import require
 
     config = require(plain_tree(cfg))
     from autolora.parts import is_main_process
+    from autolora.run import run_one
 
-    with Signals(quiet=True) as signals:
-        from autolora.run import run_one
-
-        signals.check()
+    signals.check()
+    try:
         result = run_one(config)
+    except Exception:
+        signals.check()
+        raise
     from autolora.reporting.summary import print_summary
     from autolora.results import RunDirectory
 

@@ -171,12 +171,22 @@ def test_other_weights_in_the_same_folder_are_another_run(configure: Any, tiny_b
     assert second.config_hash != first.config_hash
 
 
-def test_a_model_that_diverged_has_no_result(configure: Any) -> None:
+def assert_failed(root: Path, error: str) -> None:
+    """The one run there says so, with the traceback, and has no score."""
+    (file,) = root.glob("*/result.json")
+    result = read_result(file)
+    assert (result.status, result.metrics.value) == ("failed", None)
+    assert result.error is not None
+    assert result.error.startswith("Traceback")
+    assert error in result.error
+
+
+def test_a_model_that_diverged_has_no_score(configure: Any) -> None:
     """Also where nothing but the evaluation sees it: after the last step."""
     cfg = configure("trainer.max_steps=1", "optim.adapter.lr=1e30", "strategy=uniform")
     with pytest.raises(NonFiniteLossError, match=r"training has diverged: the outputs of \d+ of \d+ heldout rows"):
         run_one(cfg)
-    assert not list(cfg.run_root.glob("*/result.json"))
+    assert_failed(cfg.run_root, "NonFiniteLossError")
 
 
 def test_biases_and_scales_are_counted_apart_from_the_budget(configure: Any) -> None:
@@ -271,12 +281,7 @@ def test_wandb_is_finished_after_a_failure(configure: Any) -> None:
     with pytest.raises(NonFiniteLossError, match="last_good"):
         run_one(cfg)
     assert wandb.run is None
-    (run_folder,) = cfg.run_root.iterdir()
-    result = read_result(run_folder)
-    assert (result.status, result.metrics.value, result.steps) == ("failed", None, 1)
-    assert result.error is not None
-    assert result.error.startswith("Traceback")
-    assert "NonFiniteLossError" in result.error
+    assert_failed(cfg.run_root, "NonFiniteLossError")
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "autolora"])
@@ -364,7 +369,7 @@ def test_a_strategy_is_held_to_the_budget(
     with pytest.raises(PlanError, match=expected):
         run_one(on_planted(tmp_path, f"strategy={name}"))
     assert ("trainable parameters" in capsys.readouterr().out) != planned
-    assert not list(tmp_path.glob("*/result.json"))
+    assert_failed(tmp_path, "PlanError")
 
 
 def test_a_plan_that_is_not_that_of_the_gates_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

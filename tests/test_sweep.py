@@ -23,6 +23,7 @@ from autolora.results import RunResult, read_result
 from autolora.signals import Interrupted
 from autolora.sweep import Cell, Sweep
 
+original_write_report = Sweep._write_report
 PLANTED = ("-m", "task=planted", "logger=csv", "trainer.enable_progress_bar=false")
 
 
@@ -70,7 +71,7 @@ def test_a_failed_cell_is_listed_at_the_end_and_the_others_go_on(
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == "sweep: 2 of 3 done, 1 failed, 0 left"
     assert printed.err.splitlines()[-3:] == [
-        "failed: seed=1 task=rte", f"  {told}", "the same command tries again what is not complete",
+        "failed: seed=1 task=rte", f"  {told}", "the same command goes on with what is not complete",
     ]  # fmt: skip
     traced = isinstance(error, ZeroDivisionError)
     assert ("Traceback" in (cells(place)[1].error or "")) == traced
@@ -104,7 +105,74 @@ def test_a_cell_has_the_command_line_of_its_own(place: Path, monkeypatch: pytest
     seen = []
     install(monkeypatch, lambda config: seen.append(sys.argv[1:]))
     assert exit_code("-m", "seed=0,1", "task=rte") == 0
-    assert seen == [["++seed=0", "task=rte"], ["++seed=1", "task=rte"]]
+    assert seen == [["++seed=0", "task=rte", "hydra.mode=RUN"], ["++seed=1", "task=rte", "hydra.mode=RUN"]]
+    seen.clear()
+    (place / "mine" / "experiment").mkdir(parents=True)
+    (place / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nmax_rank: 4\n")
+    assert exit_code("--config-dir", "mine", "sweep=seeds", "seed=1", "strategy=uniform", "experiment=own") == 0
+    own = {"strategy=uniform", "seed=1", "sweep=seeds", "experiment=own", "hydra.mode=RUN"}
+    assert [(line[:2], set(line[2:])) for line in seen] == [(["--config-dir", "mine"], own)]
+    assert check_command_line(seen[0]).grid is None  # a run of its own, with all that the cell has
+
+
+def test_what_a_file_sweeps_over_can_be_set(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In its place, not beside it."""
+    ran: list[Any] = []
+    install(monkeypatch, lambda config: ran.append((config.strategy.name, config.seed)))
+    assert exit_code("sweep=seeds", "task=rte", "seed=7,8") == 0
+    assert sorted(ran) == [("autolora", 7), ("autolora", 8), ("uniform", 7), ("uniform", 8)]
+    assert capsys.readouterr().out.splitlines()[-1] == "sweep seeds: 4 of 4 done, 0 failed, 0 left"
+    ran.clear()
+    assert exit_code("sweep=seeds", "task=rte", "seed=5", "strategy=head") == 0
+    assert ran == [("head", 5)]
+
+
+def test_a_signal_counts_more_than_the_failure_it_comes_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def run_one(config: RunConfig) -> None:
+        ran.append(config.seed)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise BackboneError("the hub does not answer")
+
+    install(monkeypatch, run_one)
+    assert exit_code("-m", "seed=0,1,2") == 130
+    assert ran == [0]
+
+
+def test_a_signal_after_the_end_of_a_cell_stops_the_next(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    install(monkeypatch, lambda config: ran.append(config.seed) or os.kill(os.getpid(), signal.SIGTERM))
+    assert exit_code("-m", "seed=0,1,2") == 143
+    assert ran == [0]
+    assert [cell.status for cell in cells(place)] == ["complete"]
+
+
+def test_force_and_lost_runs_are_done_again(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """What is known of cells from before counts only where it still holds."""
+    install(monkeypatch, lambda config: None)
+    assert exit_code("-m", "seed=0,1,2") == 0
+    for lost in (False, True):
+        capsys.readouterr()
+        if lost:
+            os.unlink("run/result.json")
+            install(monkeypatch, failing({1: BackboneError("no weights")}, []))
+        assert exit_code("-m", "seed=0,1,2", f"force={str(not lost).lower()}") == int(lost)
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep")]
+        assert printed[-1].startswith("sweep: 2 of 3 done, 1 failed" if lost else "sweep: 3 of 3 done, 0 failed")
+
+
+def test_a_report_that_fails_does_not_hide_what_failed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    install(monkeypatch, failing({1: BackboneError("no weights")}, []))
+    monkeypatch.setattr("autolora.sweep.Sweep._write_report", original_write_report)
+    monkeypatch.setattr("autolora.reporting.runs.read_runs", lambda *_: 1 / 0)
+    assert exit_code("-m", "seed=0,1,2") == 1
+    told = capsys.readouterr().err
+    assert "error: no report: Traceback" in told
+    assert "ZeroDivisionError" in told
+    assert "failed: seed=1\n  no weights\n" in told
 
 
 def grid(*arguments: str) -> Grid:
@@ -276,6 +344,19 @@ def test_a_signal_reaches_the_cells_of_joblib_and_they_go_on_later(signum: int, 
     assert [result.status for result in results(root).values()] == ["complete"] * 3
 
 
+def test_cells_that_somebody_else_stopped_are_named(root: Path) -> None:
+    arguments = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *LONG)
+    process = start(root, *arguments)
+    wait_for(lambda: len({file.parent for file in root.glob("*/checkpoints/step-*.ckpt")}) == 2, process)
+    for one in running(root):
+        os.kill(one.process[1], signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 1, err
+    assert "sweep: 0 of 2 done, 0 failed, 2 left" in out
+    assert err.count("interrupted: task=planted") == 2
+    assert "the same command goes on with what is not complete" in err
+
+
 def test_workers_of_a_killed_sweep_stop_by_themselves(root: Path) -> None:
     process = start(root, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *LONG)
     wait_for(lambda: len({file.parent for file in root.glob("*/checkpoints/step-*.ckpt")}) == 2, process)
@@ -290,11 +371,15 @@ def test_workers_of_a_killed_sweep_stop_by_themselves(root: Path) -> None:
 
 
 def test_cells_that_train_in_two_processes_follow_each_other(root: Path) -> None:
-    """Nothing of the first run's processes is left when the second begins."""
-    code, out, err = finish(start(root, "seed=0,1", "trainer.max_steps=8", "trainer.strategy=ddp", "trainer.devices=2"))
-    assert code == 0, err
-    assert "sweep: 2 of 2 done, 0 failed, 0 left" in out
-    assert [result.compute.passes for result in results(root).values()] == [2 * 8] * 2
+    """Nothing of the first run's processes is left when the second begins, also where it failed."""
+    process = start(
+        root, "optim.adapter.lr=1e30,1e-3", "trainer.max_steps=1500", "trainer.strategy=ddp", "trainer.devices=2"
+    )
+    code, out, err = finish(process)
+    assert code == 1, err
+    assert "sweep: 1 of 2 done, 1 failed, 0 left" in out
+    complete = [result for result in results(root).values() if result.status == "complete"]
+    assert [result.compute.passes for result in complete] == [2 * 1500]  # longer than Lightning waits to end the rest
 
 
 def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
@@ -303,6 +388,7 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(root: Pa
     process = start(root, *arguments)
     wait_for(lambda: list(root.glob("*/checkpoints/step-*.ckpt")), process)
     (one,) = running(root)
+    os.kill(one.process[1], signal.SIGTERM)  # as well, which alone would not say to queue it again
     os.kill(one.process[1], signal.SIGUSR2)
     code, _, err = finish(process)
     assert code == 0, err
