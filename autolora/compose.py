@@ -192,7 +192,7 @@ class _Composer:
             swept += by_file
             faults += self._check_sweep(raw, first, request, swept)
             if config is not None:
-                grid = _grid([*request.settings, *by_file], hydra, config)
+                grid = _grid(request.settings, by_file, hydra, config)
         else:
             faults += [
                 f"{s.typed}: several values: add -m to sweep over them, or write {s.key}=[...] for one list"
@@ -329,9 +329,10 @@ def plain_tree(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _grid(settings: Sequence[_Setting], hydra: DictConfig, first: RunConfig) -> Grid:
+def _grid(typed: Sequence[_Setting], by_file: Sequence[_Setting], hydra: DictConfig, first: RunConfig) -> Grid:
     """The sweep over everything that was set. How runs are kept and shown does not make it another one."""
-    told = [f"{setting.key}: {setting.overrides}" for setting in settings if len(setting.overrides) > 1]
+    settings = [*typed, *by_file]
+    told = [f"{s.key}: {s.overrides}" for s in settings if len(s.overrides) > 1 or s in by_file]
     told += [config_hash(first, first.data.source, str(first.data.dir), str(first.backbone.path))]
     own = hydra.sweeper._target_.endswith("BasicSweeper")
     return Grid(

@@ -195,6 +195,9 @@ def test_a_sweep_is_known_by_what_it_computes(place: Path) -> None:
     ]
     assert len({base.digest, *(other.digest for other in others)}) == 6
     assert not grid("seed=0,1", "hydra/launcher=joblib").local
+    parts = [grid("sweep=seeds", f"hydra.sweeper.params.seed={seed}", "task=rte") for seed in (0, 1)]
+    assert [part.cells for part in parts] == [2, 2]
+    assert parts[0].digest != parts[1].digest  # neither would stop the other
     named = grid("sweep=seeds", "task=rte")
     assert (named.name, named.cells) == ("seeds", 6)
     assert check_command_line(["seed=0"]).grid is None
