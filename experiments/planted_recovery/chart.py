@@ -1,7 +1,11 @@
-"""The chart and the tables of the study: ``python experiments/planted_recovery/chart.py`` reads ``results.csv``."""
+"""The chart and the tables of the study: ``python experiments/planted_recovery/chart.py`` reads ``results.csv``.
+
+``other_processor.csv`` as an argument: its tables alone.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import accumulate
@@ -41,16 +45,17 @@ def exchangeable(row: Row) -> int:
     return sum(spent <= purse for spent in accumulate(prices))
 
 
-def main() -> None:
+def main(name: str = "results.csv") -> None:
     runs: dict[Key, list[Row]] = defaultdict(list)
-    for row in rows_of(HERE / "results.csv"):
+    for row in rows_of(HERE / name):
         runs[row["method"], row["regime"], row["total"]].append(row)
     everywhere = {regime: [(regime, total) for total in PROFILES] for regime in REGIMES}
     table("regime", everywhere, list(EVERYWHERE), runs, by_method=False)
     others = {regime: [(regime, total) for total in totals] for regime, totals in FOR_OTHERS.items()}
     table("method", others, [*EVERYWHERE, *OTHERS], runs)
     table("method", {ENCODER: [(ENCODER, DRAWN)]}, [*IN_ENCODER], runs, error_as=".3f")
-    draw(runs)
+    if name == "results.csv":
+        draw(runs)
 
 
 def table(
@@ -116,4 +121,4 @@ def draw(runs: Mapping[Key, list[Row]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
