@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from autolora.errors import ConfigError
-from autolora.reporting.runs import Run, Variant
+from autolora.reporting.runs import Run, Variant, some_of
 from autolora.reporting.statistics import (
     ALPHA,
     Array,
@@ -29,12 +29,26 @@ _REPLICATES = 2_000
 
 @dataclass(frozen=True)
 class OnTask:
-    """The difference on one task, over the seeds that both have; ``adjusted`` by Holm over the variants."""
+    """The difference on one task, over the seeds that both have.
+
+    Args:
+        task: its name.
+        seeds: that both have.
+        difference: with its own p.
+        adjusted: that p by Holm over the comparisons on this task.
+        among: how many those are.
+    """
 
     task: str
     seeds: tuple[int, ...]
     difference: Difference
     adjusted: float = math.nan
+    among: int = 1
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that is found with a probability of 80 %, whatever becomes of the others."""
+        return self.difference.detectable(ALPHA / self.among)
 
     @property
     def significant(self) -> bool:
@@ -54,9 +68,9 @@ class Comparison:
         low: end of the 95 % interval of the nested bootstrap; over one task of the paired test.
         high: its other end.
         p: at the level of tasks by random signs; with one task that of its paired test.
-        detectable: the smallest true difference that the design finds with a probability of 80 %.
-        adjusted: p by Holm over the variants.
         share: parameters of the adapters relative to the reference's; ``None`` without any.
+        adjusted: p by Holm over the comparisons.
+        among: how many those are.
     """
 
     variant: Variant
@@ -66,14 +80,22 @@ class Comparison:
     low: float
     high: float
     p: float
-    detectable: float
-    adjusted: float
     share: float | None
+    adjusted: float = math.nan
+    among: int = 1
 
     @property
     def smallest_p(self) -> float | None:
-        """The smallest p that a test over so many tasks can give; with one task there is no such bound."""
-        return smallest_p(len(self.tasks)) if len(self.tasks) > 1 else None
+        """The smallest adjusted p that a test over so many tasks can give; with one task there is no such bound."""
+        return smallest_p(len(self.tasks), self.among) if len(self.tasks) > 1 else None
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that is found with a probability of 80 %, whatever becomes of the others."""
+        if len(self.tasks) == 1:
+            return self.tasks[0].detectable
+        spread = float(np.std([one.difference.mean for one in self.tasks], ddof=1))
+        return detectable_over_tasks(len(self.tasks), ALPHA / self.among) * spread if spread else math.inf
 
     @property
     def significant(self) -> bool:
@@ -82,52 +104,75 @@ class Comparison:
 
 
 def choose_reference(variants: Sequence[Variant], wanted: str | None) -> Variant:
-    """The variant that the others are compared with: the wanted one, or uniform ranks, or the one with most runs.
+    """What the others are compared with: the wanted variant or strategy, or uniform ranks, or that with most runs.
 
-    Of several uniform ones it is that with as many parameters as most other variants are allowed.
+    Of several it is the one with as many parameters as most variants are allowed.
 
     Raises:
         ConfigError: if there is none of the wanted name.
     """
+    eligible = list(variants)
     if wanted is not None:
-        named = [variant for variant in variants if wanted in (variant.label, variant.strategy)]
-        if not named:
+        eligible = [one for one in variants if one.label == wanted] or [
+            one for one in variants if one.strategy == wanted
+        ]
+        if not eligible:
             labels = ", ".join(variant.label for variant in variants)
             raise ConfigError(f"reference={wanted}: there is no such strategy among the runs (there are: {labels})")
-        return next((variant for variant in named if variant.label == wanted), named[0])
     budgets = [run.result.params.budget for variant in variants for run in variant.all_runs()]
 
     def worth(variant: Variant) -> tuple[bool, int, int]:
         runs = variant.all_runs()
         return variant.strategy == "uniform", sum(map(budgets.count, {r.result.params.budget for r in runs})), len(runs)
 
-    return max(variants, key=worth)
+    return max(eligible, key=worth)
 
 
 def compare(variants: Sequence[Variant], reference: Variant) -> list[Comparison]:
-    """Every other variant against the reference, where they have a task and a seed in common."""
+    """Every other variant against the reference, where they have a task and a seed in common.
+
+    Where there are several of the reference's strategy, a variant is compared with the one at its own budget, and of
+    those with the one whose other settings are most like its own.
+    """
     resampled = _Resampled(variants)
+    alike = [one for one in variants if one.strategy == reference.strategy]
+    pairs = [(one, reference if one in alike else _nearest(one, alike, reference)) for one in variants]
     found = [
         comparison
-        for variant in variants
-        if variant is not reference and (comparison := _compare(variant, reference, resampled)) is not None
+        for one, other in pairs
+        if one is not other and (comparison := _compare(one, other, resampled)) is not None
     ]
-    by_task: dict[str, dict[str, float]] = {}
-    for comparison in found:
-        for one in comparison.tasks:
-            by_task.setdefault(one.task, {})[comparison.variant.label] = one.difference.p
-    adjusted_on = {task: holm(values) for task, values in by_task.items()}
-    adjusted = holm({comparison.variant.label: comparison.p for comparison in found})
+    adjusted = holm([comparison.p for comparison in found])
+    by_task: dict[str, list[int]] = {}
+    for i, comparison in enumerate(found):
+        for one_task in comparison.tasks:
+            by_task.setdefault(one_task.task, []).append(i)
+    on_task: dict[tuple[int, str], float] = {}
+    for task, those in by_task.items():
+        p = holm([next(one.difference.p for one in found[i].tasks if one.task == task) for i in those])
+        on_task |= {(i, task): value for i, value in zip(those, p, strict=True)}
     return [
         replace(
             comparison,
-            adjusted=adjusted[comparison.variant.label],
+            adjusted=adjusted[i],
+            among=len(found),
             tasks=tuple(
-                replace(one, adjusted=adjusted_on[one.task][comparison.variant.label]) for one in comparison.tasks
+                replace(one, adjusted=on_task[i, one.task], among=len(by_task[one.task])) for one in comparison.tasks
             ),
         )
-        for comparison in found
+        for i, comparison in enumerate(found)
     ]
+
+
+def _nearest(variant: Variant, candidates: Sequence[Variant], reference: Variant) -> Variant:
+    """The candidate with the budget of a variant, and with settings like its own; rather the reference than another."""
+
+    def distance(other: Variant) -> tuple[bool, int, bool]:
+        settings = [key for key in variant.settings.keys() | other.settings.keys() if not key.startswith("strategy.")]
+        apart = [key for key in settings if variant.settings.get(key) != other.settings.get(key)]
+        return any(key.startswith("budget.") for key in apart), len(apart), other is not reference
+
+    return min(candidates, key=distance)
 
 
 def _compare(variant: Variant, reference: Variant, resampled: _Resampled) -> Comparison | None:
@@ -148,16 +193,11 @@ def _compare(variant: Variant, reference: Variant, resampled: _Resampled) -> Com
     tests = [one.difference for one in on_tasks]
     mean = fmean(test.mean for test in tests)
     if len(tests) == 1:
-        (low, high), p, visible = (tests[0].low, tests[0].high), tests[0].p, tests[0].detectable()
+        (low, high), p = (tests[0].low, tests[0].high), tests[0].p
     else:
-        means = [test.mean for test in tests]
         low, high = nested_interval(boots, np.random.default_rng(0))
-        p = sign_flip_test(means)
-        spread = float(np.std(means, ddof=1))
-        visible = detectable_over_tasks(len(means)) * spread if spread else 0.0
-    return Comparison(
-        variant, reference, tuple(on_tasks), mean, low, high, p, visible, math.nan, _share(variant, reference)
-    )
+        p = sign_flip_test([test.mean for test in tests])
+    return Comparison(variant, reference, tuple(on_tasks), mean, low, high, p, _share(variant, reference))
 
 
 def _pseudovalues(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[Array, Array]:
@@ -199,10 +239,13 @@ class _Resampled:
 
 
 def _share(variant: Variant, reference: Variant) -> float | None:
-    """Adapter parameters over those of the reference, as means over the tasks that both have."""
+    """Parameters outside the head over those of the reference, as means over the tasks that both have."""
     tasks = [task for task in variant.runs if task in reference.runs]
     ours, theirs = (
-        fmean(fmean(run.result.params.adapter for run in one.runs[task].values()) for task in tasks)
+        fmean(
+            fmean(run.result.params.adapter + run.result.params.extra for run in one.runs[task].values())
+            for task in tasks
+        )
         for one in (variant, reference)
     )
     return ours / theirs if ours and theirs else None
@@ -215,13 +258,16 @@ def sentence(comparison: Comparison) -> str:
     """What a comparison says, in one plain sentence; scores that are correlations or shares are in points (of 100)."""
     one, unit = comparison, _unit(comparison)
     a, b = one.variant.label, one.reference.label
-    shown = f"{_number(one.mean, unit)} [{_number(one.low, unit)}, {_number(one.high, unit)}]"
     at = "" if one.share is None or abs(one.share - 1) < 0.02 else f", at {100 * one.share:.0f} % of the parameters"
     over = f" on {one.tasks[0].task}" if len(one.tasks) == 1 else f" on average over {len(one.tasks)} tasks"
     if one.significant:
-        verb = "beats" if one.mean > 0 else "is behind"
-        size = f"{_number(abs(one.mean), unit)} [{shown.partition('[')[2]}"
+        verb, sign = ("beats", 1) if one.mean > 0 else ("is behind", -1)
+        low, high = sorted((sign * one.low, sign * one.high))
+        size = f"{_number(abs(one.mean), unit)} [{_number(low, unit)}, {_number(high, unit)}]"
         return f"{a} {verb} {b} by {size}{over}, p = {_p(one.adjusted)}{at}{_one_seed(one)}{_single_tasks(one)}."
+    if all(test.difference.identical for test in one.tasks):
+        return f"{a} and {b}: their scores{over} are the same, example by example{at}; that shows nothing of others."
+    shown = f"{_number(one.mean, unit)} [{_number(one.low, unit)}, {_number(one.high, unit)}]"
     found = f"no difference was found{over} ({shown}, p = {_p(one.adjusted)})"
     return f"{a} and {b}: {found}{at}; {_limit(one, unit)}{_single_tasks(one)}."
 
@@ -240,15 +286,20 @@ def _limit(one: Comparison, unit: float) -> str:
     """What the design could not have shown."""
     bound = one.smallest_p
     if bound is not None and bound > ALPHA:
-        return f"over {len(one.tasks)} tasks no p below {_p(bound)} can be reached, whatever the differences"
-    if math.isinf(one.detectable):
+        among = f" and in {one.among} comparisons" if one.among > 1 else ""
+        return f"over {len(one.tasks)} tasks{among} no p below {_p(bound)} can be reached, whatever the differences"
+    if all(test.difference.over == "nothing" for test in one.tasks):
         return "one training each without predictions can show nothing"
+    if math.isinf(one.detectable):
+        return "nothing varies that would tell what this design can show"
     return f"this design can only show differences above {_number(one.detectable, unit)}{_one_seed(one)}"
 
 
 def _one_seed(one: Comparison) -> str:
     """What a test over examples alone does not say."""
-    return " (one seed: of these trainings only)" if one.tasks[0].difference.over == "examples" else ""
+    few = [test.task for test in one.tasks if test.difference.over == "examples"]
+    on = "" if len(few) == len(one.tasks) else f" on {some_of(sorted(few))}"
+    return f" (one seed{on}: of these trainings only)" if few else ""
 
 
 def _unit(comparison: Comparison) -> float:

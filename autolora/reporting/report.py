@@ -14,14 +14,23 @@ from autolora.reporting.compare import Comparison, choose_reference, compare, se
 from autolora.reporting.figures.canvas import Figure, styled
 from autolora.reporting.figures.scores import adapter_parameters
 from autolora.reporting.page import render
-from autolora.reporting.runs import Found, Run, Variant, variants
-from autolora.reporting.statistics import ALPHA, smallest_p
+from autolora.reporting.runs import Found, Run, Variant, settings_apart, some_of, variants
+from autolora.reporting.statistics import ALPHA
 from autolora.reporting.tables import Table, cells, make_table, markdown, row_of, tex, write_results
 
 
 @dataclass(frozen=True)
 class Arena:
-    """Runs that may be compared: one source of data, one backbone."""
+    """Runs that may be compared: one source of data, one backbone.
+
+    Args:
+        name: of both.
+        slug: the same for the name of a folder.
+        variants: what is there.
+        reference: what the others are compared with, or of several with other budgets the one that most are.
+        comparisons: of all others.
+        table: of all variants.
+    """
 
     name: str
     slug: str
@@ -41,6 +50,12 @@ class Arena:
         """What a reader has to know to read the numbers."""
         return list(_limits(self))
 
+    def against(self) -> str:
+        """What bold scores in the table are better than."""
+        if len({one.reference.label for one in self.comparisons}) <= 1:
+            return self.reference.label
+        return f"{self.reference.strategy} at the same budget, where there is one, or {self.reference.label}"
+
 
 def _limits(arena: Arena) -> Iterator[str]:
     tests = [one for comparison in arena.comparisons for one in comparison.tasks]
@@ -48,11 +63,24 @@ def _limits(arena: Arena) -> Iterator[str]:
         return
     seeds = min(len(one.seeds) for one in tests)
     tasks = max(len(comparison.tasks) for comparison in arena.comparisons)
+    among = max(one.among for one in tests)
     yield (
-        "Runs are paired by task, seed and example. On one task the test is that of readers and cases (Dorfman, "
-        "Berbaum and Metz 1992; Hillis 2007) with seeds as readers; p are adjusted by Holm's method over the "
-        "comparisons."
+        "Runs are paired by task, seed and example. On one task the variance of a difference is that of readers and "
+        "cases (Dorfman, Berbaum and Metz 1992) with seeds as readers, and its interval and test are Banerjee's "
+        "(1960), which find nothing in nothing at more than the nominal rate."
     )
+    for setting in settings_apart(arena.variants):
+        yield f"Not everything else is equal. {setting}."
+    if among > 1:
+        yield (
+            f"p are adjusted by Holm's method over the {among} comparisons, on each task by itself; what can be shown "
+            "is said for a comparison that has to stand whatever becomes of the others."
+        )
+    if among > 1 and tasks > 1:
+        yield (
+            f"Each of {tasks} tasks has its own error rate of {ALPHA:.0%}: where nothing differs, up to "
+            f"{1 - (1 - ALPHA) ** tasks:.0%} of reports like this one call something different on some single task."
+        )
     if seeds == 1:
         yield (
             "Some comparisons have one seed: their tests are over examples and speak of those trainings, not of the "
@@ -60,17 +88,28 @@ def _limits(arena: Arena) -> Iterator[str]:
         )
     elif seeds < 5:
         yield (
-            f"With {seeds} seeds the test has few degrees of freedom ({seeds - 1} if seeds differ much), and a "
-            "bootstrap of so few draws intervals that are too narrow: where they disagree, the test decides."
+            f"With {seeds} seeds the variance between trainings is known with {seeds - 1} degrees of freedom: only "
+            "large differences can be shown. Run more seeds."
         )
-    if tasks > 1 and smallest_p(tasks) > ALPHA:
+    lowest = min((one.smallest_p for one in arena.comparisons if one.smallest_p is not None), default=0.0)
+    if lowest > ALPHA:
         yield (
-            f"Over {tasks} tasks the smallest p that signs drawn at random can give is {smallest_p(tasks):.2g}, above "
-            f"{ALPHA}: a difference on average cannot be shown by so few; single tasks may show one."
+            f"Over {tasks} tasks and {among} comparisons the smallest adjusted p that signs drawn at random can give "
+            f"is {lowest:.2g}, above {ALPHA}: a difference on average cannot be shown; single tasks may show one. "
+            "Intervals over tasks suppose differences that are normal; where they disagree, the test decides."
         )
-    without = sorted({one.task for one in tests if one.difference.over == "seeds"})
-    if without:
-        yield f"Without predictions for each example, tests on {', '.join(without)} are over seeds alone."
+    blind = sorted({one.task for one in tests if one.difference.over in ("seeds", "nothing")})
+    if blind:
+        unread = [
+            run.path.name
+            for one in arena.variants
+            for run in one.all_runs()
+            if run.task in blind and run.value is not None and run.scored is None
+        ]
+        yield (
+            f"Tests on {', '.join(blind)} are over seeds alone: predictions for each example are missing or are not "
+            f"those of result.json ({some_of(unread)})."
+        )
 
 
 def make_arenas(found: Found, reference: str | None = None) -> list[Arena]:
@@ -87,9 +126,7 @@ def make_arenas(found: Found, reference: str | None = None) -> list[Arena]:
         those = variants(runs, found.flagged)
         chosen = choose_reference(those, reference)
         comparisons = compare(those, chosen)
-        arenas.append(
-            Arena(name, slug, tuple(those), chosen, tuple(comparisons), make_table(those, chosen, comparisons))
-        )
+        arenas.append(Arena(name, slug, tuple(those), chosen, tuple(comparisons), make_table(those, comparisons)))
     return arenas
 
 
@@ -118,7 +155,10 @@ def write_report(
     write_results(out / "results.csv", rows)
     write_text_atomic(out / "table.md", "\n".join(f"## {arena.name}\n\n{markdown(arena.table)}" for arena in arenas))
     write_text_atomic(out / "table.tex", "\n".join(f"% {arena.name}\n{tex(arena.table)}" for arena in arenas))
-    text = [f"{arena.name}\n" + "".join(f"- {line}\n" for line in arena.sentences()) for arena in arenas]
+    text = [
+        f"{arena.name}\n" + "".join(f"- {line}\n" for line in [*arena.sentences(), "", *arena.limits()] if line)
+        for arena in arenas
+    ]
     write_text_atomic(out / "sentences.txt", "\n".join(text))
     shown = []
     with styled():
@@ -151,7 +191,7 @@ def _for_page(arena: Arena, folder: Path) -> dict[str, Any]:
         "name": arena.name,
         "sentences": arena.sentences(),
         "limits": arena.limits(),
-        "reference": arena.reference.label,
+        "against": arena.against(),
         "table": cells(arena.table, lambda text: {"text": text, "bold": True}, lambda text: text),
         "comparisons": _differences(arena),
         "figures": drawings,
@@ -160,7 +200,18 @@ def _for_page(arena: Arena, folder: Path) -> dict[str, Any]:
 
 def _differences(arena: Arena) -> list[list[str]]:
     """Difference, interval and p of every comparison on every task."""
-    header = ["strategy", "task", "seeds", "difference", "from", "to", "p", "p (Holm)", "smallest that can be shown"]
+    header = [
+        "strategy",
+        "against",
+        "task",
+        "seeds",
+        "difference",
+        "from",
+        "to",
+        "p",
+        "p (Holm)",
+        "smallest that can be shown",
+    ]
     lines = [header]
     for comparison in arena.comparisons:
         for one in comparison.tasks:
@@ -168,8 +219,9 @@ def _differences(arena: Arena) -> list[list[str]]:
             test = one.difference
             numbers = [f"{unit * value:.3g}" for value in (test.mean, test.low, test.high)]
             p = [f"{value:.2g}" for value in (test.p, one.adjusted)]
-            visible = f"{unit * test.detectable():.3g}"
-            lines.append([comparison.variant.label, one.task, str(len(one.seeds)), *numbers, *p, visible])
+            visible = f"{unit * one.detectable:.3g}"
+            names = [comparison.variant.label, comparison.reference.label, one.task]
+            lines.append([*names, str(len(one.seeds)), *numbers, *p, visible])
     return lines
 
 

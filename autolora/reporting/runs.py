@@ -115,12 +115,17 @@ def read_runs(directories: Iterable[Path], where: str) -> Found:
             found.runs.append(Run(directory, result, config, _task(result, config)))
         except DataError as error:
             found.skipped.append((directory, str(error).removeprefix(f"{directory}/")))
-        except (OSError, yaml.YAMLError, AttributeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
             found.skipped.append((directory, f"config.yaml: {type(error).__name__}: {error}"))
     if not found.runs:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:10])
         raise DataError(f"{where}: expected run directories with a complete result.json, found none{reasons}")
     _keep_one_of_each(found)
+    found.flagged += [
+        f"{run.path} has no {run.result.metrics.primary} (undefined or NaN): it is in no mean and no comparison"
+        for run in found.runs
+        if run.value is None
+    ]
     found.runs = _tell_data_apart(found.runs)
     return found
 
@@ -213,12 +218,23 @@ class Variant:
 
     Args:
         label: unique among the variants of an arena.
+        strategy: its name.
         runs: by task, then by seed.
     """
 
     label: str
     strategy: str
     runs: Mapping[str, Mapping[int, Run]]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What its runs have in common of what decides results, by dotted keys."""
+        first, *others = self.all_runs()
+        return {
+            key: value
+            for key, value in first.config.items()
+            if _decides(key) and all(run.config.get(key) == value for run in others)
+        }
 
     def all_runs(self) -> list[Run]:
         """Every run of it."""
@@ -272,20 +288,20 @@ def _decides(key: str) -> bool:
 
 
 def _labels(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -> list[str]:
-    """Names of variants: the strategy, what was varied of it, and the budget where there are several."""
-    budgets = {_budget(group[0]) for group in groups} - {None}
-    labels = []
+    """Unique names of variants: the strategy, the budget where there are several, and what else was varied."""
+    budgets: dict[str, set[str | None]] = {}
     for group in groups:
-        run = group[0]
-        said = [
-            f"{_last(key)}={_short(run.config.get(key))}"
-            for key in sorted(varied[run.result.strategy])
-            if not key.startswith("budget.")
-        ]
-        budget = _budget(run)
-        if budget is not None and len(budgets) > 1:
-            said.insert(0, budget)
-        labels.append(f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy)
+        budgets.setdefault(group[0].result.strategy, set()).add(_budget(group[0]))
+    several = len(set().union(*budgets.values()) - {None}) > 1
+    labels: list[str] = []
+    for group in groups:
+        run, budget = group[0], _budget(group[0])
+        keys = sorted(key for key in varied[run.result.strategy] if not key.startswith("budget."))
+        said = [f"{_short_key(key, keys)}={_short(run.config.get(key))}" for key in keys]
+        if len(budgets[run.result.strategy]) > 1 or (several and budget is not None):
+            said.insert(0, budget or "no budget")
+        label = f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy
+        labels.append(label if label not in labels else f"{label} #{labels.count(label) + 1}")
     return labels
 
 
@@ -300,11 +316,46 @@ def _budget(run: Run) -> str | None:
     return "default budget"
 
 
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
+def _short_key(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, with as many before it as tell it from the others."""
+    parts = key.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[i:])
+        if not any(other != key and f".{other}".endswith(f".{end}") for other in keys):
+            return end
+    return key
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def settings_apart(variants: Sequence[Variant]) -> list[str]:
+    """Settings besides strategy and budget in which variants differ on a task, a line for each key.
+
+    ``optim.adapter.lr: 0.001 (uniform, random), 0.003 (autolora)``; with the tasks where it is not so on all.
+    """
+    tasks = sorted({task for variant in variants for task in variant.runs})
+    lines: dict[tuple[str, str], list[str]] = {}
+    for task in tasks:
+        configs = {one.label: next(iter(one.runs[task].values())).config for one in variants if task in one.runs}
+        keys = sorted(set().union(*configs.values()))
+        for key in (key for key in keys if _decides(key) and not key.startswith(("strategy.", "budget."))):
+            by_value: dict[str, list[str]] = {}
+            for label, config in configs.items():
+                by_value.setdefault(_short(config.get(key)), []).append(label)
+            if len(by_value) > 1:
+                said = ", ".join(f"{value} ({some_of(names)})" for value, names in sorted(by_value.items()))
+                lines.setdefault((key, said), []).append(task)
+    return [
+        f"{key}{'' if len(where) == len(tasks) else f' on {some_of(where)}'}: {said}"
+        for (key, said), where in lines.items()
+    ]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """At most four names, and how many more there are."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

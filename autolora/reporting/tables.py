@@ -94,11 +94,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: a score for each task that it has, and the average if it has all of them."""
+    """One variant: a score for each task that it has, the average if it has all, the fewest and the most seeds."""
 
     label: str
     scores: Mapping[str, Score]
     average: Score | None
+    seeds: tuple[int, int]
     adapter: float
     head: float
     seconds: float
@@ -111,7 +112,6 @@ class Table:
 
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
-    reference: str
     units: Mapping[str, float]
 
     @property
@@ -120,7 +120,7 @@ class Table:
         return len(self.tasks) > 1 and set(self.units.values()) == {100.0}
 
 
-def make_table(variants: Sequence[Variant], reference: Variant, comparisons: Sequence[Comparison]) -> Table:
+def make_table(variants: Sequence[Variant], comparisons: Sequence[Comparison]) -> Table:
     """Means over seeds, in the order of the average, or of the first task's scores."""
     tasks = tuple(sorted({task for variant in variants for task in variant.runs}))
     said = {comparison.variant.label: comparison for comparison in comparisons}
@@ -132,7 +132,7 @@ def make_table(variants: Sequence[Variant], reference: Variant, comparisons: Seq
         scores = [row.average] if row.average else list(row.scores.values())
         return -max((score.mean for score in scores), default=float("-inf"))
 
-    return Table(tasks, tuple(sorted(rows, key=worth)), reference.label, units)
+    return Table(tasks, tuple(sorted(rows, key=worth)), units)
 
 
 def _unit(run: Run) -> float:
@@ -156,10 +156,12 @@ def _row(variant: Variant, tasks: Sequence[str], comparison: Comparison | None) 
             average = _score(by_seed, ahead and comparison is not None and comparison.mean > 0)
     results = [run.result for run in variant.all_runs()]
     passes = [result.compute.passes for result in results]
+    counts = [len(found) for found in values.values()]
     return Row(
         variant.label,
         scores,
         average,
+        seeds=(min(counts), max(counts)),
         adapter=fmean(result.params.adapter + result.params.extra for result in results),
         head=fmean(result.params.head for result in results),
         seconds=fmean(result.seconds.total for result in results),
@@ -177,6 +179,7 @@ def cells(table: Table, bold: Callable[[str], Cell], escape: Callable[[str], str
         "strategy",
         *table.tasks,
         *(["average"] if table.averaged else []),
+        "seeds",
         "adapter",
         "head",
         "seconds",
@@ -189,7 +192,9 @@ def cells(table: Table, bold: Callable[[str], Cell], escape: Callable[[str], str
             scores.append((row.average, 100.0))
         shown = ["" if score is None else _marked(score, score.text(unit), bold, escape) for score, unit in scores]
         passes = "" if row.passes is None else f"{row.passes:,.0f}"
-        numbers = [f"{row.adapter:,.0f}", f"{row.head:,.0f}", f"{row.seconds:,.0f}", passes]
+        few, many = row.seeds
+        seeds = str(many) if few == many else f"{few} to {many}"
+        numbers = [seeds, f"{row.adapter:,.0f}", f"{row.head:,.0f}", f"{row.seconds:,.0f}", passes]
         lines.append([escape(row.label), *shown, *numbers])
     return lines
 

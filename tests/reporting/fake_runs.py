@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -47,8 +48,8 @@ def write_run(
     directory.path.mkdir(parents=True, exist_ok=True)
     directory.config.write_text(cfg.to_yaml())
 
-    hardness = np.random.default_rng(abs(hash(task)) % 1000).random(examples)
-    own = np.random.default_rng([seed, len(strategy), noise_seed or 0]).random(examples)
+    hardness = np.random.default_rng(crc32(task.encode())).random(examples)
+    own = np.random.default_rng([seed, crc32(strategy.encode()), noise_seed or 0]).random(examples)
     right = 0.5 * hardness + 0.5 * own < np.quantile(0.5 * hardness + 0.5 * own, accuracy)
     labels = np.arange(examples) % 2
     predictions = np.where(right, labels, 1 - labels)

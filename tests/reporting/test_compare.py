@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reporting.fake_runs import write_run
+from reporting.fake_runs import change_result, write_run
 from scipy import stats
 
 from autolora.errors import ConfigError
 from autolora.reporting.compare import Comparison, choose_reference, compare, sentence
-from autolora.reporting.runs import Variant, load_runs, variants
+from autolora.reporting.runs import Variant, load_runs, settings_apart, variants
 from autolora.reporting.statistics import sign_flip_test
 
 TASKS = ("sst2", "rte", "mrpc", "qnli", "qqp", "mnli", "cola")
@@ -40,7 +40,7 @@ def test_one_seed_on_one_task_is_scipys_paired_test_over_examples(tmp_path: Path
     interval = expected.confidence_interval()
     assert (one.low, one.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert sentence(one) == (
-        f"autolora is behind uniform by 10.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}] on sst2, p = "
+        f"autolora is behind uniform by 10.0 [{-100 * interval.high:.1f}, {-100 * interval.low:.1f}] on sst2, p = "
         f"{expected.pvalue:.2g} (one seed: of these trainings only)."
     )
 
@@ -70,7 +70,8 @@ def test_over_tasks_signs_decide_and_holm_counts_the_comparisons(tmp_path: Path)
         write_run(tmp_path, task=task, strategy="autolora", accuracy=0.8)
         write_run(tmp_path, task=task, strategy="sora", accuracy=0.75 - 0.1 * (i % 2))
     found = comparisons(tmp_path)
-    assert found["autolora"].p == found["autolora"].smallest_p == 2 / 2**7
+    assert found["autolora"].p == 2 / 2**7
+    assert found["autolora"].smallest_p == 2 * 2 / 2**7
     means = [one.difference.mean for one in found["sora"].tasks]
     assert found["sora"].p == pytest.approx(sign_flip_test(means))
     assert found["autolora"].adjusted == 2 * 2 / 2**7
@@ -109,7 +110,11 @@ def test_equal_runs_differ_by_nothing(tmp_path: Path) -> None:
     write_run(tmp_path, "optim.adapter.lr=0.001")
     write_run(tmp_path, "optim.adapter.lr=0.002")
     (one,) = comparisons(tmp_path).values()
-    assert (one.mean, one.p, one.detectable) == (0.0, 1.0, 0.0)
+    assert (one.mean, one.p, one.detectable) == (0.0, 1.0, math.inf)
+    assert sentence(one) == (
+        "uniform (lr=0.002) and uniform (lr=0.001): their scores on sst2 are the same, example by example; that shows "
+        "nothing of others."
+    )
 
 
 def test_an_undefined_score_is_left_out(tmp_path: Path) -> None:
@@ -150,3 +155,95 @@ def test_one_training_each_without_predictions_says_nothing(tmp_path: Path) -> N
     assert one.p == 1.0
     assert math.isinf(one.detectable)
     assert "one training each without predictions can show nothing" in sentence(one)
+
+
+def test_variants_that_differ_in_having_a_budget_have_names_and_p_of_their_own(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "budget=default", seed=seed)
+        write_run(tmp_path, "budget=none", seed=seed, budget=None, accuracy=0.6)
+        write_run(tmp_path, "budget=default", strategy="autolora", seed=seed)
+        write_run(tmp_path, "budget=none", strategy="autolora", seed=seed, budget=None, accuracy=0.5)
+    found = those(tmp_path)
+    assert [one.label for one in found] == [
+        "autolora (default budget)", "autolora (no budget)", "uniform (default budget)", "uniform (no budget)",
+    ]  # fmt: skip
+    by_label = comparisons(tmp_path)
+    assert len(by_label) == 3
+    p = {label: one.tasks[0].difference.p for label, one in by_label.items()}
+    order = sorted(p, key=lambda label: p[label])
+    assert by_label[order[0]].tasks[0].adjusted == pytest.approx(min(1.0, 3 * p[order[0]]))
+    assert by_label[order[2]].adjusted == pytest.approx(max(p[order[2]], by_label[order[1]].adjusted))
+
+
+def test_names_tell_two_keys_of_one_name_apart(tmp_path: Path) -> None:
+    write_run(tmp_path, "optim.adapter.lr=0.001", "optim.head.lr=0.001")
+    write_run(tmp_path, "optim.adapter.lr=0.001", "optim.head.lr=0.002")
+    write_run(tmp_path, "optim.adapter.lr=0.00100000001", "optim.head.lr=0.002")
+    assert [one.label for one in those(tmp_path)] == [
+        "uniform (adapter.lr=0.001, head.lr=0.001)",
+        "uniform (adapter.lr=0.001, head.lr=0.002)",
+        "uniform (adapter.lr=0.00100000001, head.lr=0.002)",
+    ]
+
+
+def test_a_variant_is_compared_with_the_reference_at_its_own_budget(tmp_path: Path) -> None:
+    for rank in (1, 4):
+        write_run(tmp_path, f"budget.rank={rank}", budget=100 * rank)
+        write_run(tmp_path, f"budget.rank={rank}", strategy="autolora", budget=100 * rank)
+    write_run(tmp_path, "budget.rank=4", "trainer.max_epochs=9", budget=400)
+    write_run(tmp_path, "budget.rank=1", strategy="sora", budget=100)
+    write_run(tmp_path, "budget.rank=4", "trainer.max_epochs=9", strategy="sora", budget=400)
+    write_run(tmp_path, "budget=none", strategy="head", budget=None)
+    against = {label: one.reference.label for label, one in comparisons(tmp_path).items()}
+    assert against == {
+        "autolora (rank 1)": "uniform (rank 1, max_epochs=3)",
+        "autolora (rank 4)": "uniform (rank 4, max_epochs=3)",
+        "head": "uniform (rank 4, max_epochs=3)",
+        "sora (rank 1, max_epochs=3)": "uniform (rank 1, max_epochs=3)",
+        "sora (rank 4, max_epochs=9)": "uniform (rank 4, max_epochs=9)",
+        "uniform (rank 1, max_epochs=3)": "uniform (rank 4, max_epochs=3)",
+        "uniform (rank 4, max_epochs=9)": "uniform (rank 4, max_epochs=3)",
+    }
+
+
+def test_settings_that_are_not_equal_are_said(tmp_path: Path) -> None:
+    for task in ("sst2", "rte"):
+        write_run(tmp_path, "trainer.max_epochs=1", "optim.adapter.lr=1e-5", task=task)
+        write_run(tmp_path, "trainer.max_epochs=30", "optim.adapter.lr=1e-3", task=task, strategy="autolora")
+        write_run(tmp_path, "trainer.max_epochs=1", "optim.adapter.lr=1e-3", task=task, strategy="sora")
+    write_run(tmp_path, "data.max_train=100", "trainer.max_epochs=1", task="cola")
+    write_run(tmp_path, "trainer.max_epochs=1", task="cola", strategy="sora")
+    assert settings_apart(those(tmp_path)) == [
+        "data.max_train on cola: 100 (uniform), None (sora)",
+        "optim.adapter.lr on rte, sst2: 0.001 (autolora, sora), 1e-05 (uniform)",
+        "trainer.max_epochs on rte, sst2: 1 (sora, uniform), 30 (autolora)",
+    ]
+
+
+def test_what_can_be_shown_counts_the_comparisons(tmp_path: Path) -> None:
+    others = ["autolora", "sora", "random", "eva", "adalora", "svd_truncate"]
+    for task in TASKS[:6]:
+        write_run(tmp_path, task=task, accuracy=0.6)
+        for strategy in others:
+            write_run(tmp_path, task=task, strategy=strategy, accuracy=0.9)
+    one = comparisons(tmp_path)["autolora"]
+    assert (one.p, one.adjusted, one.smallest_p) == (2 / 2**6, 6 * 2 / 2**6, 6 * 2 / 2**6)
+    assert "over 6 tasks and in 6 comparisons no p below 0.19 can be reached" in sentence(one)
+    (task, *_) = one.tasks
+    assert task.detectable == task.difference.detectable(0.05 / 6) > task.difference.detectable(0.05)
+
+
+def test_one_seed_on_some_tasks_is_said_of_those(tmp_path: Path) -> None:
+    for task in TASKS:
+        for seed in (0,) if task in ("sst2", "mnli") else (0, 1):
+            write_run(tmp_path, task=task, seed=seed, accuracy=0.6)
+            write_run(tmp_path, task=task, seed=seed, strategy="autolora", accuracy=0.9)
+    assert " (one seed on mnli, sst2: of these trainings only);" in sentence(comparisons(tmp_path)["autolora"])
+
+
+def test_what_is_outside_lora_counts_with_all_its_parameters(tmp_path: Path) -> None:
+    write_run(tmp_path, params=1000)
+    path = write_run(tmp_path, strategy="bitfit", budget=None, accuracy=0.5)
+    params = {"adapter": 0, "extra": 150, "head": 66, "peak_trainable": 216, "budget": None, "backbone": 10_000}
+    change_result(path, params=params)
+    assert "at 15 % of the parameters" in sentence(comparisons(tmp_path)["bitfit"])
