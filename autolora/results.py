@@ -72,7 +72,7 @@ class Params(_Record):
 
 
 class Seconds(_Record):
-    """Wall-clock seconds of the parts of a run, over all attempts.
+    """Wall-clock seconds of the parts of a run, over all attempts, without imports and reading the rows.
 
     ``earlier`` is the share of ``total`` that attempts before the last had spent when they wrote the checkpoint that
     was gone on from. What a killed attempt did after its last checkpoint is lost, and counts nowhere.

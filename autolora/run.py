@@ -50,12 +50,12 @@ def run_one(cfg: RunConfig) -> RunResult:
 
     After these and any other error ``result.json`` says so, unless data or weights were not even found.
     """
-    clock = Clock()
     forget_peak_memory()
     with Signals(quiet=not is_main_process()) as signals:
         problem = make_problem(cfg)
         directory = RunDirectory.of(cfg, problem.data_source, problem.data_fingerprint, problem.backbone_fingerprint)
-        run = Run(cfg, problem, directory, clock, signals)
+        # From here on: the imports that came with the problem are of a process, and its first run has no more to do.
+        run = Run(cfg, problem, directory, Clock(), signals)
         if not is_main_process():
             return carry_out(run)
         with directory.held():

@@ -163,7 +163,7 @@ class Sweep:
         print(f"\n{self._counts(cells)}")
         code = max((cell.code for cell in failed), default=0)
         if complete:
-            code = max(code, self._write_report(complete))
+            code = max(code, self._write_report(cells, complete))
         for cell in failed:
             print(f"failed: {cell.name}", *_last_words(cell), sep="\n  ", file=sys.stderr)
         for cell in stopped:
@@ -179,13 +179,16 @@ class Sweep:
             return max(code, 1)
         return code
 
-    def _write_report(self, complete: list[Cell]) -> int:
+    def _write_report(self, cells: list[Cell], complete: list[Cell]) -> int:
         from autolora.reporting.report import write_report
         from autolora.reporting.runs import read_runs
 
         runs = [cell.run for cell in complete if cell.run is not None]
+        missing = [(cell.name, " ".join([cell.status, *_last_words(cell)])) for cell in cells if cell not in complete]
         try:
-            write_report(read_runs(runs, str(self.path)), self.report, title=self.grid.name.replace("_", " "))
+            found = read_runs(runs, str(self.path))
+            found.skipped += missing
+            write_report(found, self.report, title=self.grid.name.replace("_", " "))
         except Exception as error:  # the runs are there, whatever is wrong with the report
             print(f"error: no report: {_told(error)}", file=sys.stderr)
             return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -127,7 +128,11 @@ def _sweep(arguments: Sequence[str], grid: Grid) -> int:
     def job(cfg: DictConfig) -> None:
         sweep.run_cell(cfg, _run)
 
-    return sweep.carry_out(lambda: _hydra(job, arguments))
+    try:
+        return sweep.carry_out(lambda: _hydra(job, arguments))
+    except AutoLoRAError as error:  # no place for its records
+        _complain(error)
+        return 1
 
 
 def _hydra(job: Callable[[DictConfig], None], arguments: Sequence[str]) -> None:
@@ -153,6 +158,7 @@ def _run(cfg: DictConfig, signals: Signals) -> RunDirectory:
     from autolora.run import run_one
 
     signals.check()
+    began = time.time()
     try:
         result = run_one(config)
     except Exception:
@@ -160,9 +166,11 @@ def _run(cfg: DictConfig, signals: Signals) -> RunDirectory:
         raise
     from autolora.reporting.summary import print_summary
     from autolora.results import RunDirectory
+    from autolora.sweep import IN_CELL
 
     directory = RunDirectory.of(config, result.data_source, result.data_fingerprint, result.backbone_fingerprint)
-    if is_main_process():
+    again = IN_CELL in os.environ and directory.result.stat().st_mtime < began
+    if is_main_process() and not again:  # a sweep that is given again says one line of what is complete
         print_summary(result, directory.path)
     return directory
 

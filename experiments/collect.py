@@ -5,8 +5,8 @@ Rows of the same configuration are replaced, so that a study can be continued wh
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 from autolora.reporting.runs import load_runs
@@ -27,4 +27,8 @@ def main(root: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_root", type=Path, help="folder of run directories")
+    parser.add_argument("rows", type=Path, help="the study's results.csv; made if it is not there")
+    arguments = parser.parse_args()
+    main(arguments.run_root, arguments.rows)

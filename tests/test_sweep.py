@@ -299,6 +299,14 @@ def root(tmp_path: Path) -> Iterator[Path]:
             continue
 
 
+def test_records_that_have_no_place_are_told_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    assert exit_code("-m", f"run_root={tmp_path / 'file' / 'runs'}", "seed=0,1") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
 LONG = ("trainer.max_steps=1000", "trainer.checkpoint_every_n_steps=25")
 
 
@@ -315,6 +323,8 @@ def test_launchers_run_cells_in_processes_of_their_own(launcher: str, root: Path
     assert sorted(result.status for result in results(root).values()) == ["complete", "failed"]
     (report,) = root.glob("sweeps/*/report")
     assert len((report / "results.csv").read_text().splitlines()) == 1 + 1
+    assert "1 were not used" in (page := (report / "index.html").read_text())
+    assert re.search(r"optim\.adapter\.lr=1e\+?30.*: failed .*the training loss became nan", page)
     processes = {Cell.model_validate_json(file.read_text()).process for file in root.glob("sweeps/*/cells/*")}
     assert process.pid not in {number for _, number in processes}
 

@@ -264,12 +264,12 @@ def sentence(comparison: Comparison) -> str:
         verb, sign = ("beats", 1) if one.mean > 0 else ("is behind", -1)
         low, high = sorted((sign * one.low, sign * one.high))
         size = f"{_number(abs(one.mean), unit)} [{_number(low, unit)}, {_number(high, unit)}]"
-        return f"{a} {verb} {b} by {size}{over}, p = {_p(one.adjusted)}{at}{_one_seed(one)}{_single_tasks(one)}."
+        return f"{a} {verb} {b} by {size}{over}, p = {_p(one.adjusted)}{at}{_single_tasks(one)}{_one_seed(one)}."
     if all(test.difference.identical for test in one.tasks):
         return f"{a} and {b}: their scores{over} are the same, example by example{at}; that shows nothing of others."
     shown = f"{_number(one.mean, unit)} [{_number(one.low, unit)}, {_number(one.high, unit)}]"
     found = f"no difference was found{over} ({shown}, p = {_p(one.adjusted)})"
-    return f"{a} and {b}: {found}{at}; {_limit(one, unit)}{_single_tasks(one)}."
+    return f"{a} and {b}: {found}{at}; {_limit(one, unit)}{_single_tasks(one)}{_one_seed(one)}."
 
 
 def _single_tasks(one: Comparison) -> str:
@@ -292,7 +292,7 @@ def _limit(one: Comparison, unit: float) -> str:
         return "one training each without predictions can show nothing"
     if math.isinf(one.detectable):
         return "nothing varies that would tell what this design can show"
-    return f"this design can only show differences above {_number(one.detectable, unit)}{_one_seed(one)}"
+    return f"this design can only show differences above {_number(one.detectable, unit)}"
 
 
 def _one_seed(one: Comparison) -> str:

@@ -239,7 +239,8 @@ def draw(arena: Arena) -> Iterator[Figure]:
     yield figures.score_against(
         those,
         "score_against_compute",
-        "Score against the seconds of a whole run: search, selection, retraining and evaluation.",
+        "Score against the seconds of a whole run: search, selection, retraining and evaluation. They are those of the "
+        "machine with whatever else ran on it; passes of the model, in the table, are not.",
         "seconds",
         lambda run: run.result.seconds.total,
     )
@@ -258,7 +259,7 @@ def _about(found: Found, arenas: Sequence[Arena]) -> str:
     count = sum(len(variant.all_runs()) for arena in arenas for variant in arena.variants)
     text = f"{count} runs"
     if found.skipped:
-        text += f"; {len(found.skipped)} directories were not used (listed at the end)"
+        text += f"; {len(found.skipped)} were not used: failed, unfinished or unreadable (listed at the end)"
     mini = any(run.result.data_source == "mini" for run in found.runs)
     return text + (
         ". Embedded data are generated sentences, not GLUE: for trying things out, not for claims." if mini else "."

@@ -79,12 +79,12 @@ class Found:
 
     Args:
         runs: complete runs, each configuration once.
-        skipped: path and reason of what cannot be used.
+        skipped: path, or the cell of a sweep as it was typed, and reason of what cannot be used.
         flagged: sentences on what is suspicious.
     """
 
     runs: list[Run] = field(default_factory=list)
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: list[tuple[Path | str, str]] = field(default_factory=list)
     flagged: list[str] = field(default_factory=list)
 
 
@@ -119,6 +119,7 @@ def read_runs(directories: Iterable[Path], where: str) -> Found:
             found.skipped.append((directory, f"config.yaml: {type(error).__name__}: {error}"))
     if not found.runs:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:10])
+        reasons = reasons or " (run directories lie in the folder that run_root named, one beside the other)"
         raise DataError(f"{where}: expected run directories with a complete result.json, found none{reasons}")
     _keep_one_of_each(found)
     found.flagged += [

@@ -32,7 +32,10 @@ class OutsideOptions(StrategyOptions):
         """A budget, a second training at the ranks found, and biases."""
         name = f"strategy={config.strategy.name}"
         for key, value in config.budget.given().items():
-            message = f"budget.{key}={value:g}: {name} has no adapters that a budget could count: leave it out"
+            message = (
+                f"budget.{key}={value:g}: {name} has no adapters that a budget could count: leave it out, and give "
+                f"{name} a command of its own in a comparison of methods with one (the same run_root)"
+            )
             yield Conflict((f"budget.{key}", "strategy.name"), message)
         if config.retrain != "none":
             message = f"retrain={config.retrain}: {name} chooses no ranks to train again at: leave it out"

@@ -76,8 +76,8 @@ def test_over_tasks_signs_decide_and_holm_counts_the_comparisons(tmp_path: Path)
     assert found["sora"].p == pytest.approx(sign_flip_test(means))
     assert found["autolora"].adjusted == 2 * 2 / 2**7
     assert re.fullmatch(
-        r"autolora beats uniform by 10\.0 \[\d+\.\d, \d+\.\d\] on average over 7 tasks, p = 0\.031 \(one seed: .*\); "
-        r"on single tasks it is ahead on \d, behind on 0, and neither on the other \d\.",
+        r"autolora beats uniform by 10\.0 \[\d+\.\d, \d+\.\d\] on average over 7 tasks, p = 0\.031; "
+        r"on single tasks it is ahead on \d, behind on 0, and neither on the other \d \(one seed: .*\)\.",
         sentence(found["autolora"]),
     )
     assert "no difference was found on average over 7 tasks" in sentence(found["sora"])
@@ -93,7 +93,7 @@ def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:
     assert all(task.significant for task in one.tasks)
     assert sentence(one).endswith(
         "over 3 tasks no p below 0.25 can be reached, whatever the differences; on single tasks it is ahead on 3, "
-        "behind on 0, and neither on the other 0."
+        "behind on 0, and neither on the other 0 (one seed: of these trainings only)."
     )
 
 
@@ -238,7 +238,7 @@ def test_one_seed_on_some_tasks_is_said_of_those(tmp_path: Path) -> None:
         for seed in (0,) if task in ("sst2", "mnli") else (0, 1):
             write_run(tmp_path, task=task, seed=seed, accuracy=0.6)
             write_run(tmp_path, task=task, seed=seed, strategy="autolora", accuracy=0.9)
-    assert " (one seed on mnli, sst2: of these trainings only);" in sentence(comparisons(tmp_path)["autolora"])
+    assert " (one seed on mnli, sst2: of these trainings only)." in sentence(comparisons(tmp_path)["autolora"])
 
 
 def test_what_is_outside_lora_counts_with_all_its_parameters(tmp_path: Path) -> None:

@@ -160,7 +160,9 @@ def test_a_mark_says_what_it_is(page: Any) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
-    """Nothing is wider than the window but what scrolls by itself, and text stands out from what is behind it."""
+    """Nothing is wider than the window but what scrolls by itself, text stands out from what is behind it, and figures
+    are not shrunk until nobody can read them.
+    """
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -173,10 +175,15 @@ def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
             const rgb = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number);
             const style = getComputedStyle(document.body);
             const labels = [...document.querySelectorAll('#panel svg text')].map((text) => getComputedStyle(text).fill);
-            return [rgb(style.backgroundColor), rgb(style.color), labels.map(rgb), parseFloat(style.fontSize)];
+            const scale = (text) => Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b);
+            const drawn = [...document.querySelectorAll('.drawing svg text')].map(
+                (text) => parseFloat(getComputedStyle(text).fontSize) * scale(text));
+            return [rgb(style.backgroundColor), rgb(style.color), labels.map(rgb), parseFloat(style.fontSize),
+                Math.min(...drawn)];
         """
-        paper, ink, labels, size = page.execute_script(script)
+        paper, ink, labels, size, smallest = page.execute_script(script)
         assert size >= 14
+        assert smallest >= 6  # numbers inside heatmaps; axes and legends have a third more
         for colour in (ink, *labels):
             assert contrast(paper, colour) >= 4.5
         assert (luminance(paper) > 0.5) == (scheme == "light")

@@ -59,6 +59,23 @@ def test_one_configuration_counts_once_and_other_numbers_are_flagged(tmp_path: P
     assert "same configuration and different numbers (accuracy 0.5 and 0.8)" in flag
 
 
+def test_a_configuration_that_is_not_text_is_skipped_and_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    broken = write_run(tmp_path, seed=1)
+    (broken / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    ((path, reason),) = load_runs([tmp_path]).skipped
+    assert path == broken
+    assert "UnicodeDecodeError" in reason
+
+
+def test_a_run_without_a_score_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = write_run(tmp_path, seed=1, metrics={"primary": "accuracy", "value": None, "all": {"accuracy": None}})
+    assert load_runs([tmp_path]).flagged == [
+        f"{path} has no accuracy (undefined or NaN): it is in no mean and no comparison"
+    ]
+
+
 def test_predictions_count_if_they_say_what_the_result_says(tmp_path: Path) -> None:
     (run,) = load_runs([write_run(tmp_path)]).runs
     assert run.scored is not None

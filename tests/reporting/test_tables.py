@@ -27,7 +27,9 @@ def test_means_and_standard_deviations_by_hand(tmp_path: Path) -> None:
     assert header == "| strategy | rte | sst2 | average | seeds | adapter | head | seconds | passes |"
     assert rule.count("---:") == 8
     assert uniform == "| uniform | 60.0 ± 10.0 | 84.0 ± 4.0 | 72.0 ± 7.0 | 3 | 1,000 | 66 | 61 | 100 |"
-    assert head == "| head |  | 50.0 |  | 1 | 0 | 66 | 60 | 100 |"  # no average without all tasks, no spread of one seed
+    assert (
+        head == "| head |  | 50.0 |  | 1 | 0 | 66 | 60 | 100 |"
+    )  # no average without all tasks, no spread of one seed
 
 
 def test_bold_is_significant_and_nothing_else(tmp_path: Path) -> None:

@@ -607,18 +607,24 @@ def test_there_is_no_budget_by_default_and_the_rates_suit(name: str) -> None:
     assert config.optim.head.lr == 1e-3
 
 
+NOTHING_TO_COUNT = (
+    "strategy={} has no adapters that a budget could count: leave it out, and give strategy={} a command of its own in "
+    "a comparison of methods with one (the same run_root)"
+)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("budget.rank=2", "budget.rank=2: strategy={} has no adapters that a budget could count: leave it out"),
-        ("budget.params=9", "budget.params=9: strategy={} has no adapters that a budget could count: leave it out"),
+        ("budget.rank=2", f"budget.rank=2: {NOTHING_TO_COUNT}"),
+        ("budget.params=9", f"budget.params=9: {NOTHING_TO_COUNT}"),
         ("retrain=found", "retrain=found: strategy={} chooses no ranks to train again at: leave it out"),
         ("adapter.bias=all", "adapter.bias=all: strategy={} says by itself what is trained: leave it out"),
     ],
 )
 def test_what_needs_ranks_is_a_fault(name: str, override: str, fault: str) -> None:
-    assert faults_of(f"strategy={name}", override) == [fault.format(name)]
+    assert faults_of(f"strategy={name}", override) == [fault.replace("{}", name)]
 
 
 @pytest.mark.parametrize("name", PEFTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 _INCHES_A_LETTER = 0.075
 """In a legend, at 8 points."""
+_LETTERS = 34
+"""Of a line of a name; longer ones are broken."""
+_SMALLEST = 0.75
+"""A page shrinks a figure to this share of its size, and no further: then it scrolls, with letters of 9 pixels."""
 _INK = "#010101"
 """What is drawn in it takes the colour of the text around the figure when it is inside a page."""
 _STYLE: Any = {
@@ -99,7 +104,8 @@ class Figure:
             for metadata in root.findall(f"{{{_SVG}}}metadata"):
                 root.remove(metadata)
             _keep_identifiers_apart(root, self.name)
-            root.set("style", f"width: {root.attrib.pop('width')}")
+            width = root.attrib.pop("width")
+            root.set("style", f"width: {width}; min-width: {_SMALLEST * float(width.removesuffix('pt')):.0f}pt")
             del root.attrib["height"]
         written = ElementTree.tostring(root, encoding="unicode")
         return written.replace(_INK, "currentColor") if inline else written
@@ -146,6 +152,11 @@ def grid(panels: int, *, columns: int = 3, width: float = 3.3, height: float = 2
     return drawn, flat[:panels]
 
 
+def broken(label: str) -> str:
+    """A name in lines that fit beside or above a panel."""
+    return textwrap.fill(label, _LETTERS)
+
+
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each label, the same in every figure."""
     return {
@@ -158,7 +169,7 @@ def legend(drawn: Any, styles: Mapping[str, Mapping[str, Any]], *, linestyle: Li
     """One legend under all panels, of marks or of lines."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle=linestyle, label=label, **style) for label, style in styles.items()]
-    widest = 0.35 + _INCHES_A_LETTER * max(map(len, styles), default=0)
+    handles = [Line2D([], [], linestyle=linestyle, label=broken(label), **style) for label, style in styles.items()]
+    widest = 0.35 + _INCHES_A_LETTER * min(_LETTERS, max(map(len, styles), default=0))
     columns = min(4, len(handles), int(drawn.get_size_inches()[0] / widest))
     drawn.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), fontsize=8)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from autolora.reporting.figures.canvas import Figure, grid, looks
+from autolora.reporting.figures.canvas import Figure, broken, grid, looks
 from autolora.reporting.runs import Run, Variant
 from autolora.roles import rank_grid
 
@@ -61,7 +61,7 @@ def _heatmap(figure: Figure, ax: Axes, label: str, cells: Mapping[tuple[str, str
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
-    ax.set_title(label, fontsize=8)
+    ax.set_title(broken(label), fontsize=8)
     ax.grid(visible=False)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -98,6 +98,6 @@ def found_against_true(variants: Sequence[Variant]) -> Figure | None:
             )
             figure.tip(mark, f"{label}: true rank {true}, found {found}: {count} of {len(pairs)} modules")
         exact = sum(true == found for true, found in pairs) / len(pairs)
-        ax.set_title(f"{label}: {exact:.0%} exact", fontsize=8)
+        ax.set_title(broken(f"{label}: {exact:.0%} exact"), fontsize=8)
         ax.set(xlabel="true rank", ylabel="found rank", aspect="equal")
     return figure

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from autolora.reporting.figures.canvas import Figure, grid, legend, looks
+from autolora.reporting.figures.canvas import Figure, broken, grid, legend, looks
 from autolora.reporting.runs import Run, Variant
 
 if TYPE_CHECKING:
@@ -106,28 +106,33 @@ def _budgets(group: Sequence[Variant]) -> set[int | None]:
 def panel(variants: Sequence[Variant]) -> Figure:
     """Two by two: score, efficiency, parameters and trade-off, by strategy and task."""
     tasks = task_runs(variants)
-    drawn, (score, efficiency, parameters, trade) = grid(4, columns=2, width=4.6, height=3.0)
-    styles = looks(list(tasks))
+    labels = [variant.label for variant in variants]
+    rows = 0.9 + sum(0.14 * max(2, len(tasks)) * (1 + broken(label).count("\n")) for label in labels)
+    drawn, (score, efficiency, parameters, trade) = grid(4, columns=2, width=4.6, height=min(30.0, max(2.6, rows)))
+    colours, markers = looks(list(tasks)), looks(labels)
     caption = (
         "Score, score for each thousand adapter parameters, adapter parameters, and score against parameters "
-        "(trade-off), by strategy and task."
+        "(trade-off), by strategy and task: colours are tasks, and in the last panel marks are strategies."
     )
     figure = Figure("panel", caption, drawn)
     table = {task: {p.label: p for p in points(variants, task, adapter_parameters)} for task in tasks}
-    labels = [variant.label for variant in variants]
     kinds: list[tuple[Any, str, Callable[[Point], float]]] = [
         (score, "score", lambda p: p.score),
         (efficiency, "score / 1,000 parameters", lambda p: p.score / max(p.cost / 1000, 1e-9) if p.cost else 0.0),
         (parameters, "adapter parameters", lambda p: p.cost),
     ]
-    for ax, title, height in kinds:
-        _bars(figure, ax, title, labels, table, styles, height)
+    for ax, title, length in kinds:
+        _bars(figure, ax, title, labels, table, colours, length)
+    for ax in (efficiency, trade):
+        ax.tick_params(axis="y", labelleft=ax is trade)
     for task, by_label in table.items():
-        for point in by_label.values():
-            _mark(figure, trade, point, styles[task], "adapter parameters", task)
+        for label, point in by_label.items():
+            style = {"color": colours[task]["color"], "marker": markers[label]["marker"]}
+            _mark(figure, trade, point, style, "adapter parameters", task)
     trade.set(xlabel="adapter parameters", ylabel="score")
-    trade.set_xscale("symlog", linthresh=1000)
-    legend(drawn, styles)
+    _cost_axis(trade, [point.cost for by_label in table.values() for point in by_label.values()])
+    shown = {task: {"color": colours[task]["color"], "marker": "s"} for task in tasks}
+    legend(drawn, shown | {label: {"color": "#888888", "marker": markers[label]["marker"]} for label in labels})
     return figure
 
 
@@ -137,19 +142,23 @@ def _bars(
     title: str,
     labels: Sequence[str],
     table: Mapping[str, Mapping[str, Point]],
-    styles: Mapping[str, Mapping[str, Any]],
-    height: Callable[[Point], float],
+    colours: Mapping[str, Mapping[str, Any]],
+    length: Callable[[Point], float],
 ) -> None:
+    """A group of bars for each variant, the first on top, a bar for each task."""
     width = 0.8 / max(1, len(table))
     for i, (task, by_label) in enumerate(table.items()):
-        for x, label in enumerate(labels):
+        for y, label in enumerate(labels):
             if label in by_label:
-                value = height(by_label[label])
-                (bar,) = ax.bar(x + (i - (len(table) - 1) / 2) * width, value, width, color=styles[task]["color"])
+                value = length(by_label[label])
+                place = y + (i - (len(table) - 1) / 2) * width
+                (bar,) = ax.barh(place, value, width, color=colours[task]["color"])
                 figure.tip(bar, f"{label}, {task}: {title} {value:,.4g}")
     ax.set_title(title, fontsize=9)
-    ax.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=7)
-    ax.grid(axis="x", visible=False)
+    ax.set_yticks(range(len(labels)), [broken(label) for label in labels], fontsize=8)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    _few_ticks(ax)
+    ax.grid(axis="y", visible=False)
 
 
 def adapter_parameters(run: Run) -> float:
@@ -174,20 +183,34 @@ def _mark(figure: Figure, ax: Axes, point: Point, style: Mapping[str, Any], axis
 
 
 def dress(ax: Axes, task: str, some: Run, axis: str, costs: Sequence[float], *, log_score: bool) -> None:
-    """Title, labels and scales of a panel; costs that span more than a factor of 8 have a logarithmic one."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    ax.set_title(task, fontsize=9)
+    """Title, labels and scales of a panel."""
+    ax.set_title(broken(task), fontsize=9)
     ax.set(xlabel=axis, ylabel=some.result.metrics.primary.replace("_", " "))
-    positive = [cost for cost in costs if cost > 0]
-    if positive and max(positive) > 8 * min(positive):
-        if len(positive) == len(costs):
-            ax.set_xscale("log")
-            subs = (1, 2, 5) if max(positive) < 300 * min(positive) else (1,)
-            ax.xaxis.set_major_locator(LogLocator(subs=subs))
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        else:
-            ax.set_xscale("symlog", linthresh=min(positive))
-        ax.xaxis.set_minor_formatter(NullFormatter())
+    _cost_axis(ax, costs)
     if log_score:
         ax.set_yscale("log")
+
+
+def _cost_axis(ax: Axes, costs: Sequence[float]) -> None:
+    """Costs that span more than a factor of 8 have a logarithmic axis, one with a straight part if some are 0."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    positive = [cost for cost in costs if cost > 0]
+    if not positive or max(positive) <= 8 * min(positive):
+        _few_ticks(ax)
+        return
+    if len(positive) == len(costs):
+        ax.set_xscale("log")
+        subs = (1, 2, 5) if max(positive) < 300 * min(positive) else (1,)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        ax.set_xscale("symlog", linthresh=min(positive))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _few_ticks(ax: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolora.reporting.figures.canvas import Figure, grid, legend, looks
+from autolora.reporting.figures.canvas import Figure, broken, grid, legend, looks
 from autolora.reporting.figures.scores import task_runs
 from autolora.reporting.runs import Run, Variant
 from autolora.results import RunDirectory
@@ -47,7 +47,7 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
             figure.tip(
                 line, f"{label}, {role}: {values.iloc[0]:.3g} components at first, {values.iloc[-1]:.3g} at last"
             )
-        ax.set_title(f"{label} ({run.task}, seed {run.result.seed})", fontsize=8)
+        ax.set_title(broken(f"{label} ({run.task}, seed {run.result.seed})"), fontsize=8)
         ax.set(xlabel="step", ylabel="components per module")
     legend(drawn, {role: {"color": styles[role]["color"]} for role in roles}, linestyle="-")
     return figure
