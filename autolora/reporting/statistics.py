@@ -335,8 +335,9 @@ def nested_interval(tasks: Sequence[Array], rng: np.random.Generator) -> tuple[f
     """A 95 % interval of a difference, averaged over T tasks, with tasks, seeds and examples resampled.
 
     A percentile interval of T draws from T is too narrow by sqrt((T - 1) / T), and by the normal tail in place of t's:
-    its ends are moved away from the mean by sqrt(T / (T - 1))·t/z, with T - 1 degrees of freedom. Source: Hesterberg,
-    The American Statistician 69, 2015, on what is narrow, and by how much.
+    what the draw of tasks does to the mean is multiplied by sqrt(T / (T - 1))·t/z, with T - 1 degrees of freedom; what
+    seeds and examples do is not. Source: Hesterberg, The American Statistician 69, 2015, on what is narrow, and by how
+    much.
 
     Args:
         tasks: for each task the differences under resampled examples, shape (replicates, seeds); two or more.
@@ -353,11 +354,11 @@ def nested_interval(tasks: Sequence[Array], rng: np.random.Generator) -> tuple[f
         ],
         axis=1,
     )
-    drawn = rng.integers(len(tasks), size=(replicates, len(tasks)))
-    means = by_task[rows, drawn].mean(axis=1)
-    tail = 100 * (1 - LEVEL) / 2
     count, top = len(tasks), (1 + LEVEL) / 2
+    drawn = rng.integers(count, size=(replicates, count))
+    centres = by_task.mean(axis=0)
     stretch = np.sqrt(count / (count - 1)) * t.ppf(top, count - 1) / norm.ppf(top)
-    centre = means.mean()
-    low, high = centre + stretch * (np.percentile(means, [tail, 100 - tail]) - centre)
+    of_tasks = stretch * (centres[drawn].mean(axis=1) - centres.mean())
+    within = (by_task - centres)[rows, drawn].mean(axis=1)
+    low, high = np.percentile(centres.mean() + of_tasks + within, [100 * (1 - top), 100 * top])
     return float(low), float(high)
