@@ -165,12 +165,13 @@ def compare(variants: Sequence[Variant], reference: Variant) -> list[Comparison]
 
 
 def _nearest(variant: Variant, candidates: Sequence[Variant], reference: Variant) -> Variant:
-    """The candidate with the budget of a variant, and with settings like its own; rather the reference than another."""
+    """The candidate with a task and the budget of a variant, and settings like its own; or rather the reference."""
 
-    def distance(other: Variant) -> tuple[bool, int, bool]:
+    def distance(other: Variant) -> tuple[bool, bool, int, bool]:
         settings = [key for key in variant.settings.keys() | other.settings.keys() if not key.startswith("strategy.")]
         apart = [key for key in settings if variant.settings.get(key) != other.settings.get(key)]
-        return any(key.startswith("budget.") for key in apart), len(apart), other is not reference
+        elsewhere = variant.runs.keys().isdisjoint(other.runs)
+        return elsewhere, any(key.startswith("budget.") for key in apart), len(apart), other is not reference
 
     return min(candidates, key=distance)
 

@@ -50,6 +50,7 @@ def row_of(run: Run, variant: str = "") -> dict[str, object]:
         "retrain": result.retrain,
         "max_train": run.config.get("data.max_train"),
         "lr": run.config.get("optim.adapter.lr"),
+        "head_lr": run.config.get("optim.head.lr"),
         "true_ranks": _ranks(planted.true if planted else None),
         "found_ranks": _ranks(planted.found if planted else result.found),
         "exact_fraction": planted.exact_fraction if planted else None,

@@ -206,6 +206,13 @@ def test_a_variant_is_compared_with_the_reference_at_its_own_budget(tmp_path: Pa
     }
 
 
+def test_a_reference_without_a_common_task_is_none(tmp_path: Path) -> None:
+    write_run(tmp_path, "budget.rank=1", budget=100, task="rte")
+    write_run(tmp_path, "budget.rank=4", budget=400)
+    write_run(tmp_path, "budget.rank=1", strategy="autolora", budget=100)
+    assert comparisons(tmp_path)["autolora (rank 1)"].reference.label == "uniform (rank 4)"
+
+
 def test_settings_that_are_not_equal_are_said(tmp_path: Path) -> None:
     for task in ("sst2", "rte"):
         write_run(tmp_path, "trainer.max_epochs=1", "optim.adapter.lr=1e-5", task=task)
