@@ -213,4 +213,5 @@ def _few_ticks(ax: Axes) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if ax.get_xlim()[1] >= 1000:  # below, it would write 400m for 0.4
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
