@@ -157,13 +157,12 @@ class Sweep:
 
     def _conclude(self, broken: str | None) -> int:
         cells = self.cells()
-        complete = [cell for cell in cells if cell.status == "complete"]
         failed = [cell for cell in self._ended(cells) if cell.status == "failed"]
         stopped = [cell for cell in cells if cell.began >= self.began and cell.status in ("running", "interrupted")]
         print(f"\n{self._counts(cells)}")
         code = max((cell.code for cell in failed), default=0)
-        if complete:
-            code = max(code, self._write_report(cells, complete))
+        if any(cell.status == "complete" for cell in cells):
+            code = max(code, self._write_report(cells))
         for cell in failed:
             print(f"failed: {cell.name}", *_last_words(cell), sep="\n  ", file=sys.stderr)
         for cell in stopped:
@@ -179,12 +178,12 @@ class Sweep:
             return max(code, 1)
         return code
 
-    def _write_report(self, cells: list[Cell], complete: list[Cell]) -> int:
+    def _write_report(self, cells: list[Cell]) -> int:
         from autolora.reporting.report import write_report
         from autolora.reporting.runs import read_runs
 
-        runs = [cell.run for cell in complete if cell.run is not None]
-        missing = [(cell.name, " ".join([cell.status, *_last_words(cell)])) for cell in cells if cell not in complete]
+        runs = [cell.run for cell in cells if cell.status == "complete" and cell.run is not None]
+        missing = [(c.name, " ".join([c.status, *_last_words(c)])) for c in cells if c.status != "complete"]
         try:
             found = read_runs(runs, str(self.path))
             found.skipped += missing

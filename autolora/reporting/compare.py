@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
@@ -45,7 +46,7 @@ class OnTask:
     adjusted: float = math.nan
     among: int = 1
 
-    @property
+    @cached_property
     def detectable(self) -> float:
         """The smallest true difference that is found with a probability of 80 %, whatever becomes of the others."""
         return self.difference.detectable(ALPHA / self.among)
@@ -89,7 +90,7 @@ class Comparison:
         """The smallest adjusted p that a test over so many tasks can give; with one task there is no such bound."""
         return smallest_p(len(self.tasks), self.among) if len(self.tasks) > 1 else None
 
-    @property
+    @cached_property
     def detectable(self) -> float:
         """The smallest true difference that is found with a probability of 80 %, whatever becomes of the others."""
         if len(self.tasks) == 1:
@@ -143,21 +144,18 @@ def compare(variants: Sequence[Variant], reference: Variant) -> list[Comparison]
         if one is not other and (comparison := _compare(one, other, resampled)) is not None
     ]
     adjusted = holm([comparison.p for comparison in found])
-    by_task: dict[str, list[int]] = {}
+    by_task: dict[str, dict[int, float]] = {}
     for i, comparison in enumerate(found):
         for one_task in comparison.tasks:
-            by_task.setdefault(one_task.task, []).append(i)
-    on_task: dict[tuple[int, str], float] = {}
-    for task, those in by_task.items():
-        p = holm([next(one.difference.p for one in found[i].tasks if one.task == task) for i in those])
-        on_task |= {(i, task): value for i, value in zip(those, p, strict=True)}
+            by_task.setdefault(one_task.task, {})[i] = one_task.difference.p
+    on_task = {task: dict(zip(p, holm(list(p.values())), strict=True)) for task, p in by_task.items()}
     return [
         replace(
             comparison,
             adjusted=adjusted[i],
             among=len(found),
             tasks=tuple(
-                replace(one, adjusted=on_task[i, one.task], among=len(by_task[one.task])) for one in comparison.tasks
+                replace(one, adjusted=on_task[one.task][i], among=len(on_task[one.task])) for one in comparison.tasks
             ),
         )
         for i, comparison in enumerate(found)
