@@ -346,6 +346,13 @@ def test_what_a_sweep_file_names_is_checked(tmp_path: Path) -> None:
     assert [fault.split(":")[0] for fault in faults] == ["strategy=x", "seed=-1", "nope=1"]
 
 
+@pytest.mark.parametrize(("rank", "experiment"), [("0.5", "glue_uniform"), ("2", "glue_uniform_r2")])
+def test_studies_share_their_uniform_cells(rank: str, experiment: str) -> None:
+    curve = compose(["sweep=budget_curve", f"budget.rank={rank}", "task=sst2_5k"])
+    assert curve == compose(["sweep=glue_strategies", f"experiment={experiment}", "task=sst2_5k"])
+    assert compose(["sweep=data_size", f"budget.rank={rank}"]).optim == curve.optim
+
+
 # A newcomer ----------------------------------------------------------------------------------------------------------
 
 
