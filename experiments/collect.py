@@ -1,7 +1,8 @@
 """Add the runs under a folder to a study's rows: ``python experiments/collect.py RUN_ROOT results.csv``.
 
-Rows of the same configuration are replaced, so that a study can be continued where its run directories are gone. Studies
-that share cells share a folder, and say which of its runs are theirs: ``strategy=uniform``, ``budget_rank=0.5,2``.
+Rows of the same configuration are replaced, so that a study can be continued where its run directories are gone.
+Studies that share cells share a folder, and say which of its runs are theirs: ``strategy=uniform``,
+``budget_rank=0.5,2``.
 """
 
 from __future__ import annotations
