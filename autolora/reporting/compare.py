@@ -51,6 +51,10 @@ class OnTask:
         """The smallest true difference that is found with a probability of 80 %, whatever becomes of the others."""
         return self.difference.detectable(ALPHA / self.among)
 
+    def detectable_with(self, seeds: int) -> float:
+        """The same with another number of seeds, if trainings vary as these do; two seeds or more have to be there."""
+        return self.difference.with_seeds(seeds).detectable(ALPHA / self.among)
+
     @property
     def significant(self) -> bool:
         """Whether it is one."""
@@ -291,6 +295,8 @@ def _limit(one: Comparison, unit: float) -> str:
         return "one training each without predictions can show nothing"
     if math.isinf(one.detectable):
         return "nothing varies that would tell what this design can show"
+    if unit != 1.0 and one.detectable > 1.0:
+        return "this design can show no difference between scores, however large"
     return f"this design can only show differences above {_number(one.detectable, unit)}"
 
 

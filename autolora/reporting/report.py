@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from autolora.errors import PathError
 from autolora.files import write_text_atomic, writing
 from autolora.reporting import figures
-from autolora.reporting.compare import Comparison, choose_reference, compare, sentence
+from autolora.reporting.compare import Comparison, OnTask, choose_reference, compare, sentence
 from autolora.reporting.figures.canvas import Figure, styled
 from autolora.reporting.figures.scores import adapter_parameters
 from autolora.reporting.page import render
 from autolora.reporting.runs import Found, Run, Variant, settings_apart, some_of, variants
 from autolora.reporting.statistics import ALPHA
 from autolora.reporting.tables import Table, cells, make_table, markdown, row_of, tex, write_results
+
+_MANY_SEEDS = (5, 10, 20)
+"""With fewer than the first, a report says what these would show."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,7 @@ def _limits(arena: Arena) -> Iterator[str]:
             "Some comparisons have one seed: their tests are over examples and speak of those trainings, not of the "
             "strategies. Run more seeds."
         )
-    elif seeds < 5:
-        yield (
-            f"With {seeds} seeds the variance between trainings is known with {seeds - 1} degrees of freedom: only "
-            "large differences can be shown. Run more seeds."
-        )
+    yield from _more_seeds(arena, [one for one in tests if one.difference.over in ("seeds and examples", "seeds")])
     lowest = min((one.smallest_p for one in arena.comparisons if one.smallest_p is not None), default=0.0)
     if lowest > ALPHA:
         yield (
@@ -109,6 +109,25 @@ def _limits(arena: Arena) -> Iterator[str]:
         yield (
             f"Tests on {', '.join(blind)} are over seeds alone: predictions for each example are missing or are not "
             f"those of result.json ({some_of(unread)})."
+        )
+
+
+def _more_seeds(arena: Arena, tests: Sequence[OnTask]) -> Iterator[str]:
+    """What a single task can show with the seeds there are, and with more, where those are few."""
+    for task in dict.fromkeys(one.task for one in tests):
+        here = [one for one in tests if one.task == task]
+        seeds = min(len(one.seeds) for one in here)
+        if seeds >= _MANY_SEEDS[0]:
+            continue
+        unit = arena.table.units[task]
+        sizes = {n: median(one.detectable_with(n) for one in here) for n in (seeds, *_MANY_SEEDS)}
+        visible = (
+            f"with {n} seeds {'none' if unit == 100 and size >= 1 else f'those above {abs(unit) * size:.2g}'}"
+            for n, size in sizes.items()
+        )
+        yield (
+            f"Differences on {task} that can be shown: {', '.join(visible)} (the median over the comparisons, if "
+            "trainings vary as these do)."
         )
 
 

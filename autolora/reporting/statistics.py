@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 
@@ -174,6 +174,14 @@ class Difference:
         from scipy.stats import t
 
         return math.sqrt(sum(float(t.isf(alpha / 2, df)) ** 2 * variance for variance, df in self.parts if variance))
+
+    def with_seeds(self, seeds: int) -> Difference:
+        """What so many trainings would give if they vary as these do; for a difference that is over seeds.
+
+        The part of trainings, V_1 of S seeds, becomes V_1·S/S' with S' - 1 degrees of freedom; that of examples stays.
+        """
+        (variance, df), *rest = self.parts
+        return replace(self, parts=((variance * (df + 1) / seeds, seeds - 1.0), *rest))
 
     def detectable(self, alpha: float = ALPHA) -> float:
         """The smallest true difference that a test at ``alpha`` finds with a probability of 80 %.

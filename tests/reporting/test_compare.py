@@ -13,6 +13,7 @@ from scipy import stats
 
 from autolora.errors import ConfigError
 from autolora.reporting.compare import Comparison, choose_reference, compare, sentence
+from autolora.reporting.report import make_arenas
 from autolora.reporting.runs import Variant, load_runs, settings_apart, variants
 from autolora.reporting.statistics import sign_flip_test
 
@@ -82,6 +83,22 @@ def test_over_tasks_signs_decide_and_holm_counts_the_comparisons(tmp_path: Path)
     )
     assert "no difference was found on average over 7 tasks" in sentence(found["sora"])
     assert "this design can only show differences above" in sentence(found["sora"])
+
+
+def test_few_seeds_are_said_with_what_more_would_show(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed)
+        for strategy in ("autolora", "sora", "adalora", "eva"):
+            write_run(tmp_path, strategy=strategy, seed=seed, accuracy=0.78 + 0.05 * seed)
+    (arena,) = make_arenas(load_runs([tmp_path]))
+    (line,) = (line for line in arena.limits() if line.startswith("Differences on sst2"))
+    few, *more = re.findall(r"with (\d+) seeds (none|those above (\S+?))[, ]", line)
+    assert few[:2] == ("2", "none")
+    assert [int(seeds) for seeds, *_ in more] == [5, 10, 20]
+    tests = [one.tasks[0].difference for one in arena.comparisons]
+    ten = np.median([test.with_seeds(10).detectable(0.05 / 4) for test in tests])
+    assert more[1][2] == f"{100 * ten:.2g}"
+    assert all("can show no difference between scores, however large" in text for text in arena.sentences())
 
 
 def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:

@@ -225,6 +225,12 @@ def test_a_difference_of_the_stated_size_is_found_as_often_as_stated(seeds: int,
     assert found == pytest.approx(0.8, abs=3 * math.sqrt(0.8 * 0.2 / 1000) + 0.01)  # two parts: 0.81
 
 
+def test_more_seeds_shrink_the_part_of_trainings_alone() -> None:
+    three = Difference(0.3, ((4.0, 2.0), (1.0, 99.0)), "seeds and examples")
+    assert three.with_seeds(12) == Difference(0.3, ((1.0, 11.0), (1.0, 99.0)), "seeds and examples")
+    assert three.with_seeds(3) == three
+
+
 def test_what_is_detectable_follows_the_power_of_a_t_test() -> None:
     shift = detectable(2.0, 10) / 2.0
     critical = stats.t.ppf(0.975, 10)
