@@ -238,7 +238,7 @@ def _differences(arena: Arena) -> list[list[str]]:
             test = one.difference
             numbers = [f"{unit * value:.3g}" for value in (test.mean, test.low, test.high)]
             p = [f"{value:.2g}" for value in (test.p, one.adjusted)]
-            visible = f"{unit * one.detectable:.3g}"
+            visible = "none" if unit == 100 and one.detectable >= 1 else f"{unit * one.detectable:.3g}"
             names = [comparison.variant.label, comparison.reference.label, one.task]
             lines.append([*names, str(len(one.seeds)), *numbers, *p, visible])
     return lines

@@ -122,16 +122,16 @@ class Table:
 
 
 def make_table(variants: Sequence[Variant], comparisons: Sequence[Comparison]) -> Table:
-    """Means over seeds, in the order of the average, or of the first task's scores."""
+    """Means over seeds, in the order of the average, or of the best score; variants that lack a task come last."""
     tasks = tuple(sorted({task for variant in variants for task in variant.runs}))
     said = {comparison.variant.label: comparison for comparison in comparisons}
     some = {run.task: run for variant in variants for run in variant.all_runs()}
     units = {task: _unit(some[task]) for task in tasks}
     rows = [_row(variant, tasks, said.get(variant.label)) for variant in variants]
 
-    def worth(row: Row) -> float:
+    def worth(row: Row) -> tuple[bool, float]:
         scores = [row.average] if row.average else list(row.scores.values())
-        return -max((score.mean for score in scores), default=float("-inf"))
+        return row.average is None, -max((score.mean for score in scores), default=float("-inf"))
 
     return Table(tasks, tuple(sorted(rows, key=worth)), units)
 
