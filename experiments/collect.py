@@ -2,7 +2,7 @@
 
 Rows of the same configuration are replaced, so that a study can be continued where its run directories are gone.
 Studies that share cells share a folder, and say which of its runs are theirs: ``strategy=uniform``,
-``budget_rank=0.5,2``.
+``budget_rank=None,0.5,2.0``.
 """
 
 from __future__ import annotations
