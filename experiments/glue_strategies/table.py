@@ -1,0 +1,58 @@
+"""The tables of the study: ``python experiments/glue_strategies/table.py`` reads ``results.csv``."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+TASKS = {"cola": "CoLA", "mrpc": "MRPC", "sst2": "SST-2", "mnli": "MNLI"}
+CONTROL = "uniform"
+LOSSES = {"last_epoch_loss": "training loss of the last epoch", "dev_log_loss": "log loss on dev"}
+
+Runs = dict[str, dict[str, str]]  # rows by seed
+Cells = dict[str, dict[str, Runs]]  # by method and task
+
+
+def main() -> None:
+    cells: Cells = defaultdict(lambda: defaultdict(dict))
+    with (Path(__file__).parent / "results.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            wide = row["strategy"] == CONTROL and float(row["budget_rank"]) > 0.5
+            cells[f"{CONTROL}, rank 2" if wide else row["strategy"]][row["task"]][row["seed"]] = row
+    print("score on dev, points")
+    table(cells, lambda runs, _: summary([100 * float(row["value"]) for row in runs.values()]))
+    for column, name in LOSSES.items():
+        print(f"\n{name}, less that of {CONTROL}, in hundredths of a nat, by seed")
+        table(cells, partial(apart, column))
+
+
+def table(cells: Cells, show: Callable[[Runs, Runs], str]) -> None:
+    print("| method |", " | ".join(TASKS.values()), "| adapter parameters |")
+    print("|---|" + "---:|" * (len(TASKS) + 1))
+    for method, tasks in sorted(cells.items(), key=lambda item: -worth(item[1])):
+        shown = [show(tasks[task], cells[CONTROL][task]) if tasks[task] else "" for task in TASKS]
+        parameters = mean(float(row["adapter_params"]) for runs in tasks.values() for row in runs.values())
+        print(f"| {method} |", " | ".join(shown), f"| {parameters:,.0f} |")
+
+
+def worth(tasks: dict[str, Runs]) -> float:
+    return mean(mean(float(row["value"]) for row in runs.values()) for runs in tasks.values() if runs)
+
+
+def summary(values: list[float]) -> str:
+    """Mean, standard deviation, and how many there are if not three."""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}" + ("" if len(values) == 3 else f" ({len(values)})")
+
+
+def apart(column: str, runs: Runs, control: Runs) -> str:
+    seeds = sorted(runs.keys() & control.keys())
+    return ", ".join(f"{100 * (float(runs[seed][column]) - float(control[seed][column])):+.1f}" for seed in seeds)
+
+
+if __name__ == "__main__":
+    main()
