@@ -1,6 +1,6 @@
 """The chart and the tables of the study: ``python experiments/planted_recovery/chart.py`` reads ``results.csv``.
 
-``other_processor.csv`` as an argument: its tables alone.
+``other_processor.csv`` or ``early_pruning.csv`` as an argument: its tables alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,20 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-from run import CEILING, DRAWN, ENCODER, EVERYWHERE, FOR_OTHERS, HERE, IN_ENCODER, OTHERS, PROFILES, REGIMES, rows_of
+from run import (
+    CEILING,
+    DRAWN,
+    EARLY,
+    ENCODER,
+    EVERYWHERE,
+    FOR_OTHERS,
+    HERE,
+    IN_ENCODER,
+    OTHERS,
+    PROFILES,
+    REGIMES,
+    rows_of,
+)
 
 from autolora.tasks.planted import plant
 
@@ -50,7 +63,7 @@ def main(name: str = "results.csv") -> None:
     for row in rows_of(HERE / name):
         runs[row["method"], row["regime"], row["total"]].append(row)
     everywhere = {regime: [(regime, total) for total in PROFILES] for regime in REGIMES}
-    table("regime", everywhere, list(EVERYWHERE), runs, by_method=False)
+    table("regime", everywhere, [*EVERYWHERE, *EARLY], runs, by_method=False)
     others = {regime: [(regime, total) for total in totals] for regime, totals in FOR_OTHERS.items()}
     table("method", others, [*EVERYWHERE, *OTHERS], runs)
     table("method", {ENCODER: [(ENCODER, DRAWN)]}, [*IN_ENCODER], runs, error_as=".3f")

@@ -58,6 +58,12 @@ EVERYWHERE = {
     "sora": ("strategy=sora",),
     "svd_truncate": ("strategy=svd_truncate",),
 }
+EARLY = {
+    "autolora_early": ("strategy=autolora", "strategy.phases.warmup=0.1", "strategy.phases.prune=0.3"),
+    "autolora_early_warmup": ("strategy=autolora", "strategy.phases.warmup=0.1"),
+}
+"""Not in the tables of all methods: what judging earlier does (``early_pruning.csv``)."""
+
 FINE = "strategy.growth_interval=10"  # 30 rounds of one or two components instead of 8 that open one in every module
 ALL_ROWS = "strategy.heldout_rows=null"
 ALONE = "strategy.against_random=false"  # random plans are in the table
@@ -88,11 +94,12 @@ ON_ENCODER = Regime(("task.text=cola", "data.batch_size=16", "data.max_heldout=2
 
 IN_ENCODER = ("autolora", "autolora_bilevel", PEFT_ADALORA, "adalora", "sora", "svd_truncate", *SEARCHES, "uniform")
 
-WITHOUT_TOTAL = ("autolora", "sora", PEFT_ADALORA)
+WITHOUT_TOTAL = ("autolora", *EARLY, "sora", PEFT_ADALORA)
 """Methods that have an answer without a total; PEFT's AdaLoRA takes its default target, 8 for each module."""
 
 RATES = {
-    "autolora": 1e-2, CEILING: 1e-2, "autolora_bilevel": 1e-2, PEFT_ADALORA: 0.1, "adalora": 0.1, "sora": 1e-2,
+    "autolora": 1e-2, CEILING: 1e-2, **dict.fromkeys(EARLY, 1e-2),
+    "autolora_bilevel": 1e-2, PEFT_ADALORA: 0.1, "adalora": 0.1, "sora": 1e-2,
     "svd_truncate": 1e-2,
 }  # fmt: skip
 """Learning rates that are not the task's: the best of four (AdaLoRA: of six) on a teacher outside the study
@@ -113,7 +120,7 @@ def cells(seeds: range) -> Iterator[tuple[str, str, int, str]]:
     for seed in seeds:
         for regime in REGIMES:
             for total in PROFILES:
-                for method in EVERYWHERE:
+                for method in (*EVERYWHERE, *EARLY):
                     if method == CEILING and regime != "total_too_large":
                         continue  # elsewhere the budget binds, or there is none
                     if regime != "no_total" or method in WITHOUT_TOTAL:
@@ -145,7 +152,7 @@ def run_cell(cell: Cell, data: Sequence[str] = ()) -> dict[str, object]:
     true = problem.true_plan
     told = None if regime.share is None else round(regime.share * true.params)
     budget = "budget=none" if told is None else f"budget.params={told}"
-    cfg = compose([*common, budget, *(EVERYWHERE | OTHERS)[method]])
+    cfg = compose([*common, budget, *(EVERYWHERE | EARLY | OTHERS)[method]])
     plans = 0
     if method == PEFT_ADALORA:
         from peft_adalora import train
