@@ -89,16 +89,20 @@ def points(found: Sequence[Row]) -> str:
 
 
 def draw(ways: dict[str, list[Row]], target: float) -> None:
-    figure, axis = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
-    axis.axhline(target, color="#777777", linestyle="--", linewidth=1)
-    for way, found in ways.items():
-        passes = mean(float(row["passes"]) for row in found)
-        axis.plot(passes, value(found), "o", color="#0072b2" if way.startswith("uniform") else "#d55e00")
-        axis.annotate(way, (passes, value(found)), xytext=(5, 3), textcoords="offset points", fontsize=7)
-    axis.set_xscale("log")
-    axis.set_xlabel("training batches through the network")
-    axis.set_ylabel("dev Matthews, points")
-    axis.set_title("Dashed: the best uniform rank, were it known", fontsize=10)
+    ordered = sorted(ways, key=lambda way: value(ways[way]))
+    figure, axis = plt.subplots(figsize=(8.0, 0.28 * len(ordered) + 1.2), layout="constrained")
+    axis.axvline(target, color="#777777", linestyle="--", linewidth=1)
+    for place, way in enumerate(ordered):
+        colour = "#0072b2" if way.startswith("uniform") else "#d55e00"
+        scores = [100 * float(row["value"]) for row in ways[way]]
+        axis.plot(scores, [place] * len(scores), "o", color=colour, alpha=0.4, markersize=4)
+        axis.plot(mean(scores), place, "|", color=colour, markersize=12, markeredgewidth=2)
+    axis.set_yticks(range(len(ordered)), ordered, fontsize=8)
+    batches = axis.secondary_yaxis("right")
+    passes = [f"{mean(float(row['passes']) for row in ways[way]):,.0f}" for way in ordered]
+    batches.set_yticks(range(len(ordered)), passes, fontsize=8)
+    batches.set_ylabel("training batches through the network")
+    axis.set_xlabel("dev Matthews, points; dashed: the best uniform rank, were it known")
     axis.grid(color="#88888844")
     for kind in ("png", "svg"):
         figure.savefig(HERE / f"search_cost.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
