@@ -53,6 +53,7 @@ def summary(values: list[float]) -> str:
 
 
 def draw(scores: Scores, tasks: list[str]) -> None:
+    mpl.rcParams["svg.hashsalt"] = "budget_curve"  # the same rows give the same file
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.1), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for line, (label, colour) in LINES.items():

@@ -89,6 +89,7 @@ def points(found: Sequence[Row]) -> str:
 
 
 def draw(ways: dict[str, list[Row]], target: float) -> None:
+    mpl.rcParams["svg.hashsalt"] = "search_cost"  # the same rows give the same file
     ordered = sorted(ways, key=lambda way: value(ways[way]))
     figure, axis = plt.subplots(figsize=(8.0, 0.28 * len(ordered) + 1.2), layout="constrained")
     axis.axvline(target, color="#777777", linestyle="--", linewidth=1)
