@@ -24,8 +24,12 @@ from autolora.reporting.tables import row_of, write_results
 
 def main(root: Path, out: Path, wanted: dict[str, list[str]]) -> None:
     rows: dict[object, dict[str, object]] = {row["config_hash"]: dict(row) for row in read(out)}
-    found = [row_of(run) | losses(run.path) for run in load_runs([root]).runs]
-    found = [row for row in found if all(str(row[column]) in values for column, values in wanted.items())]
+    every = [(row_of(run), run.path) for run in load_runs([root]).runs]
+    found = [
+        row | losses(path)
+        for row, path in every
+        if all(str(row[column]) in values for column, values in wanted.items())
+    ]
     rows |= {row["config_hash"]: row for row in found}
     columns = list(found[0])
     ordered = sorted(rows.values(), key=lambda row: [str(row[key]) for key in ("task", "strategy", "budget", "seed")])

@@ -295,9 +295,14 @@ def _limit(one: Comparison, unit: float) -> str:
         return "one training each without predictions can show nothing"
     if math.isinf(one.detectable):
         return "nothing varies that would tell what this design can show"
-    if unit != 1.0 and one.detectable > 1.0:
+    if beyond_scores(one.detectable, unit):
         return "this design can show no difference between scores, however large"
     return f"this design can only show differences above {_number(one.detectable, unit)}"
+
+
+def beyond_scores(size: float, unit: float) -> bool:
+    """Whether a difference of that size cannot be: scores in points go to 100, others have no bound."""
+    return unit == 100.0 and size >= 1.0
 
 
 def _one_seed(one: Comparison) -> str:

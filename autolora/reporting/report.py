@@ -11,7 +11,7 @@ from typing import Any
 from autolora.errors import PathError
 from autolora.files import write_text_atomic, writing
 from autolora.reporting import figures
-from autolora.reporting.compare import Comparison, OnTask, choose_reference, compare, sentence
+from autolora.reporting.compare import Comparison, OnTask, beyond_scores, choose_reference, compare, sentence
 from autolora.reporting.figures.canvas import Figure, styled
 from autolora.reporting.figures.scores import adapter_parameters
 from autolora.reporting.page import render
@@ -122,7 +122,7 @@ def _more_seeds(arena: Arena, tests: Sequence[OnTask]) -> Iterator[str]:
         unit = arena.table.units[task]
         sizes = {n: median(one.detectable_with(n) for one in here) for n in (seeds, *_MANY_SEEDS)}
         visible = (
-            f"with {n} seeds {'none' if unit == 100 and size >= 1 else f'those above {abs(unit) * size:.2g}'}"
+            f"with {n} seeds {'none' if beyond_scores(size, unit) else f'those above {abs(unit) * size:.2g}'}"
             for n, size in sizes.items()
         )
         yield (
@@ -238,7 +238,7 @@ def _differences(arena: Arena) -> list[list[str]]:
             test = one.difference
             numbers = [f"{unit * value:.3g}" for value in (test.mean, test.low, test.high)]
             p = [f"{value:.2g}" for value in (test.p, one.adjusted)]
-            visible = "none" if unit == 100 and one.detectable >= 1 else f"{unit * one.detectable:.3g}"
+            visible = "none" if beyond_scores(one.detectable, unit) else f"{unit * one.detectable:.3g}"
             names = [comparison.variant.label, comparison.reference.label, one.task]
             lines.append([*names, str(len(one.seeds)), *numbers, *p, visible])
     return lines

@@ -28,9 +28,9 @@ def main() -> None:
     ways: dict[str, list[Row]] = defaultdict(list)
     for row in cells.values():
         ways[name_of(row)].append(row)
-    curve = [row for row in cells.values() if row["strategy"] == "uniform"]
-    ways["uniform, rank chosen by hand"] = by_hand(curve)
-    target = max(by_rank(curve).values(), key=heldout)  # over all seeds
+    ranks = [found for found in ways.values() if found[0]["strategy"] == "uniform"]
+    target = max(ranks, key=heldout)  # over all seeds
+    ways["uniform, rank chosen by hand"] = by_hand([row for found in ranks for row in found])
     print(f"target: {name_of(target[0])}, {points(target)}\n")
     print("| way | adapter | at its peak | passes | plans | seconds | score | from the target |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -48,13 +48,6 @@ def rows() -> Iterator[Row]:
 def name_of(row: Row) -> str:
     rank = f" {float(row['budget_rank']):g}" if row["strategy"] == "uniform" else ""
     return row["strategy"] + rank + ("" if row["retrain"] == "none" else ", trained afresh")
-
-
-def by_rank(curve: Sequence[Row]) -> dict[str, list[Row]]:
-    ranks = defaultdict(list)
-    for row in curve:
-        ranks[row["budget_rank"]].append(row)
-    return ranks
 
 
 def by_hand(curve: Sequence[Row]) -> list[Row]:
