@@ -336,24 +336,41 @@ def _short(value: Any) -> str:
 def settings_apart(variants: Sequence[Variant]) -> list[str]:
     """Settings besides strategy and budget in which variants differ on a task, a line for each key.
 
-    ``optim.adapter.lr: 0.001 (uniform, random), 0.003 (autolora)``; with the tasks where it is not so on all.
+    ``optim.adapter.lr: 0.001 (uniform, random), 0.003 (autolora)``; where a variant's own setting differs between its
+    tasks, a line for each group of tasks on which all variants have the same.
     """
-    tasks = sorted({task for variant in variants for task in variant.runs})
-    lines: dict[tuple[str, str], list[str]] = {}
-    for task in tasks:
-        configs = {one.label: next(iter(one.runs[task].values())).config for one in variants if task in one.runs}
-        keys = sorted(set().union(*configs.values()))
-        for key in (key for key in keys if _decides(key) and not key.startswith(("strategy.", "budget."))):
-            by_value: dict[str, list[str]] = {}
-            for label, config in configs.items():
-                by_value.setdefault(_short(config.get(key)), []).append(label)
-            if len(by_value) > 1:
-                said = ", ".join(f"{value} ({some_of(names)})" for value, names in sorted(by_value.items()))
-                lines.setdefault((key, said), []).append(task)
-    return [
-        f"{key}{'' if len(where) == len(tasks) else f' on {some_of(where)}'}: {said}"
-        for (key, said), where in lines.items()
-    ]
+    configs = {
+        one.label: {task: next(iter(runs.values())).config for task, runs in one.runs.items()} for one in variants
+    }
+    tasks = sorted({task for by_task in configs.values() for task in by_task})
+    keys = sorted({key for by_task in configs.values() for config in by_task.values() for key in config})
+    lines = []
+    for key in (key for key in keys if _decides(key) and not key.startswith(("strategy.", "budget."))):
+        values = {
+            label: {task: _short(config.get(key)) for task, config in by_task.items()}
+            for label, by_task in configs.items()
+        }
+        apart = [task for task in tasks if len({each[task] for each in values.values() if task in each}) > 1]
+        if apart and all(len(set(each.values())) == 1 for each in values.values()):
+            lines.append(f"{key}: {_by_value({label: next(iter(each.values())) for label, each in values.items()})}")
+            continue
+        said: dict[str, list[str]] = {}
+        for task in apart:
+            here = _by_value({label: each[task] for label, each in values.items() if task in each})
+            said.setdefault(here, []).append(task)
+        lines += [
+            f"{key}{'' if len(where) == len(tasks) else f' on {some_of(where)}'}: {here}"
+            for here, where in said.items()
+        ]
+    return lines
+
+
+def _by_value(values: Mapping[str, str]) -> str:
+    """Each value with the names that have it."""
+    by_value: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by_value.setdefault(value, []).append(name)
+    return ", ".join(f"{value} ({some_of(names)})" for value, names in sorted(by_value.items()))
 
 
 def some_of(names: Sequence[str]) -> str:
