@@ -140,9 +140,10 @@ class Sweep:
     def _watch(self, over: threading.Event) -> None:
         ended = 0
         while not over.wait(_POLL_SECONDS):
-            now = len(self._ended(self.cells()))
+            cells = self.cells()
+            now = len(self._ended(cells))
             if now != ended:
-                print(self.progress(), flush=True)
+                print(self.progress(cells), flush=True)
             ended = now
 
     def _pass_on(self, signum: int, frame: FrameType | None) -> None:
@@ -243,8 +244,10 @@ class Sweep:
             requeue(stop)
             if _gone(self.owner):  # nobody reads what a worker returns, and it would wait for ever
                 os._exit(stop.exit_code)
-        elif ours and outcome.get("trained", True) and self._left(self.cells()) != 0:
-            print(self.progress(), flush=True)
+        elif ours and outcome.get("trained", True):
+            cells = self.cells()
+            if self._left(cells) != 0:
+                print(self.progress(cells), flush=True)
 
     @contextmanager
     def _as_one_run(self, overrides: tuple[str, ...]) -> Iterator[None]:
@@ -264,9 +267,8 @@ class Sweep:
         numbers = sorted(int(file.stem) for file in (self.path / "cells").glob("[0-9]*.json"))
         return [cell for cell in map(self._read, numbers) if cell is not None]
 
-    def progress(self) -> str:
+    def progress(self, cells: list[Cell]) -> str:
         """One line: cells that are done, failed and left, and when the sweep should end."""
-        cells = self.cells()
         line = self._counts(cells)
         left, trained = self._left(cells), sum(cell.trained for cell in self._ended(cells))
         if not left or not trained:

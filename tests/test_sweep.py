@@ -225,9 +225,10 @@ def test_progress_counts_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         sweep._write(one)
     monkeypatch.setattr(time, "time", lambda: 1600.0)
     clock = time.strftime("%H:%M", time.localtime(2800.0))
-    assert sweep.progress() == f"sweep rank_grid: 4 of 9 done, 1 failed, 4 left, about 20 min more, until {clock}"
+    expected = f"sweep rank_grid: 4 of 9 done, 1 failed, 4 left, about 20 min more, until {clock}"
+    assert sweep.progress(sweep.cells()) == expected
     (sweep.path / "cells" / "00008.json").write_text("{half")  # nothing is known of it
-    assert "4 left" in sweep.progress()
+    assert "4 left" in sweep.progress(sweep.cells())
 
 
 def test_a_damaged_stop_file_stops_nothing(tmp_path: Path) -> None:
