@@ -19,13 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
+from autolora.cells import FOLDER, Cell, cell_file, read_cell, read_cells
 from autolora.compose import Grid
-from autolora.errors import AutoLoRAError, ConfigError, DataError
-from autolora.files import read_json, write_json_atomic, writing
+from autolora.errors import AutoLoRAError, ConfigError
+from autolora.files import write_json_atomic, writing
 from autolora.results import RunDirectory
 from autolora.signals import STOPPING, Interrupted, Signals, requeue
 
@@ -35,31 +34,6 @@ if TYPE_CHECKING:
 IN_CELL = "AUTOLORA_IN_CELL"
 """Set in the environment of the processes of one cell: one that fails must not have Lightning kill the whole sweep."""
 _POLL_SECONDS = 1.0
-
-
-class Cell(BaseModel):
-    """What is known of one cell: the content of ``cells/NUMBER.json``.
-
-    ``began`` is in seconds since 1970; ``trained`` says that the run was not complete already; ``error`` is a message
-    that tells the user what to do, or a traceback; ``code`` what the sweep exits with because of it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    number: int
-    overrides: tuple[str, ...]
-    status: Literal["running", "complete", "failed", "interrupted"] = "running"
-    began: float
-    process: tuple[str, int]
-    run: Path | None = None
-    trained: bool = False
-    error: str | None = None
-    code: int = 0
-
-    @property
-    def name(self) -> str:
-        """The cell as it could be typed."""
-        return " ".join(override.removeprefix("++") for override in self.overrides) or "(no overrides)"
 
 
 @dataclass(frozen=True)
@@ -104,11 +78,11 @@ class Sweep:
             128 + the signal if one has asked the sweep to stop.
         """
         with writing(self.path):
-            (self.path / "cells").mkdir(parents=True, exist_ok=True)
+            (self.path / FOLDER).mkdir(parents=True, exist_ok=True)
         self._stop.unlink(missing_ok=True)
         for cell in self.cells():
             if self.grid.force or cell.run is None or not RunDirectory(cell.run).result.exists():
-                self._file(cell.number).unlink()
+                cell_file(self.path, cell.number).unlink()
         broken = None
         with self._watched():
             try:
@@ -163,9 +137,9 @@ class Sweep:
         print(f"\n{self._counts(cells)}")
         code = max((cell.code for cell in failed), default=0)
         if any(cell.status == "complete" for cell in cells):
-            code = max(code, self._write_report(cells))
+            code = max(code, self._write_report())
         for cell in failed:
-            print(f"failed: {cell.name}", *_last_words(cell), sep="\n  ", file=sys.stderr)
+            print(f"failed: {cell.name}", *cell.last_words, sep="\n  ", file=sys.stderr)
         for cell in stopped:
             print(f"{'killed' if cell.status == 'running' else 'interrupted'}: {cell.name}", file=sys.stderr)
         if broken is not None:
@@ -179,16 +153,12 @@ class Sweep:
             return max(code, 1)
         return code
 
-    def _write_report(self, cells: list[Cell]) -> int:
+    def _write_report(self) -> int:
         from autolora.reporting.report import write_report
-        from autolora.reporting.runs import read_runs
+        from autolora.reporting.runs import load_runs
 
-        runs = [cell.run for cell in cells if cell.status == "complete" and cell.run is not None]
-        missing = [(c.name, " ".join([c.status, *_last_words(c)])) for c in cells if c.status != "complete"]
         try:
-            found = read_runs(runs, str(self.path))
-            found.skipped += missing
-            write_report(found, self.report, title=self.grid.name.replace("_", " "))
+            write_report(load_runs([self.path]), self.report, title=self.grid.name.replace("_", " "))
         except Exception as error:  # the runs are there, whatever is wrong with the report
             print(f"error: no report: {_told(error)}", file=sys.stderr)
             return 1
@@ -214,10 +184,10 @@ class Sweep:
         stop: Interrupted | None = None
         with Signals(quiet=True) as signals:
             cell = Cell(number=hydra.job.num, overrides=overrides, began=time.time(), process=_this_process())
-            before = self._read(cell.number)
+            before = read_cell(self.path, cell.number)
             self._write(cell)
             if self._stopped_by() is not None:  # asked for after it is known that this cell runs
-                self._file(cell.number).unlink() if before is None else self._write(before)
+                cell_file(self.path, cell.number).unlink() if before is None else self._write(before)
                 return
             try:
                 with self._as_one_run(overrides):
@@ -264,8 +234,7 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """What is known of the cells that have begun, now or when the command was given before."""
-        numbers = sorted(int(file.stem) for file in (self.path / "cells").glob("[0-9]*.json"))
-        return [cell for cell in map(self._read, numbers) if cell is not None]
+        return read_cells(self.path)
 
     def progress(self, cells: list[Cell]) -> str:
         """One line: cells that are done, failed and left, and when the sweep should end."""
@@ -307,18 +276,8 @@ class Sweep:
         elsewhere = cell.process[0] != self.owner[0] or cell.process == self.owner
         return cell.status == "running" and cell.began >= self.began and not elsewhere and not _gone(cell.process)
 
-    def _file(self, number: int) -> Path:
-        return self.path / "cells" / f"{number:05d}.json"
-
-    def _read(self, number: int) -> Cell | None:
-        """What is known of a cell; a damaged file says nothing."""
-        try:
-            return Cell.model_validate(read_json(self._file(number), ""))
-        except (DataError, ValidationError):
-            return None
-
     def _write(self, cell: Cell) -> None:
-        write_json_atomic(self._file(cell.number), cell.model_dump(mode="json"))
+        write_json_atomic(cell_file(self.path, cell.number), cell.model_dump(mode="json"))
 
 
 def _this_process() -> tuple[str, int]:
@@ -358,13 +317,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, AutoLoRAError):
         return "\n".join([str(error), *getattr(error, "__notes__", ())])
     return "".join(traceback.format_exception(error)).rstrip()
-
-
-def _last_words(cell: Cell) -> list[str]:
-    """The end of an error: of a traceback what was raised, and what was noted on it."""
-    lines = (cell.error or "").splitlines()
-    raised = [i for i, line in enumerate(lines) if line and not line.startswith((" ", "Traceback"))]
-    return lines[next((i for i in raised if i), 0) :] if lines and lines[0].startswith("Traceback") else lines
 
 
 def _duration(seconds: float) -> str:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from test_train_cli import exit_code, install
 
+from autolora.cells import Cell
 from autolora.compose import Grid, check_command_line
 from autolora.config import RunConfig
 from autolora.errors import BackboneError, ConfigError
 from autolora.results import RunResult, read_result
 from autolora.signals import Interrupted
-from autolora.sweep import Cell, Sweep
+from autolora.sweep import Sweep
 
 original_write_report = Sweep._write_report
 PLANTED = ("-m", "task=planted", "logger=csv", "trainer.enable_progress_bar=false")
@@ -167,7 +168,7 @@ def test_a_report_that_fails_does_not_hide_what_failed(
 ) -> None:
     install(monkeypatch, failing({1: BackboneError("no weights")}, []))
     monkeypatch.setattr("autolora.sweep.Sweep._write_report", original_write_report)
-    monkeypatch.setattr("autolora.reporting.runs.read_runs", lambda *_: 1 / 0)
+    monkeypatch.setattr("autolora.reporting.runs.load_runs", lambda *_: 1 / 0)
     assert exit_code("-m", "seed=0,1,2") == 1
     told = capsys.readouterr().err
     assert "error: no report: Traceback" in told

@@ -193,6 +193,13 @@ class Adapters:
         counts = torch.stack([gate.sum() for gate in gates]).tolist() if gates else []
         return RankPlan(self.sites, dict(zip(self.layers, counts, strict=True)))
 
+    @torch.no_grad()
+    def mean_gate(self) -> float | None:
+        """The mean :meth:`LearnedGate.level` of all components whose gate learns; ``None`` where none does."""
+        gates = [layer.gate for layer in self.layers.values()]
+        levels = [gate.level() for gate in gates if isinstance(gate, LearnedGate) and gate.learning]
+        return float(torch.cat(levels).mean()) if levels else None
+
     def fix_gates(self, masks: Mapping[str, Tensor]) -> None:
         """End selection: gate every module with a 0/1 mask; one that is left out is switched off.
 

@@ -129,6 +129,10 @@ class LearnedGate(nn.Module, ABC):
         """What a component is multiplied with while the gate learns, without noise or threshold, shape ``(r,)``."""
 
     @abstractmethod
+    def level(self) -> Tensor:
+        """How far what is learned opens each component, at least 0, shape ``(r,)``."""
+
+    @abstractmethod
     def learned_evaluation_gate(self) -> Tensor:
         """The gate that evaluation applies while the gate learns, shape ``(r,)``."""
 
@@ -179,6 +183,10 @@ class ScaleGate(LearnedGate):
     def value(self) -> Tensor:
         """The numbers."""
         return self.values
+
+    def level(self) -> Tensor:
+        """The numbers without their sign."""
+        return self.values.abs()
 
     def learned_evaluation_gate(self) -> Tensor:
         """The numbers, without their graph."""
@@ -272,6 +280,10 @@ class SelectorGate(LearnedGate):
         if self.form == "sigmoid":
             return torch.sigmoid(logits / self.tau)
         return torch.sigmoid(logits)
+
+    def level(self) -> Tensor:
+        """The :meth:`probability` of each component."""
+        return self.probability()
 
     def kept(self, logits: Tensor | None = None) -> Tensor:
         """Which components survive the threshold: bool, shape ``(r,)``; ``logits`` as for :meth:`probability`."""

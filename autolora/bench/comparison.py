@@ -24,8 +24,8 @@ from autolora.bench.measure import Interval, median_interval
 from autolora.bench.report import Part, Row
 from autolora.bench.runs import PRECISIONS, RunFailedError
 from autolora.bench.settings import ComparisonSettings
+from autolora.cells import Cell
 from autolora.results import RunDirectory, RunResult
-from autolora.sweep import Cell
 
 _STRATEGIES, _TASKS = 10, 5
 _WRONG = 0.2

@@ -14,6 +14,7 @@ from autolora.errors import ConfigError
 from autolora.reporting.runs import Run, Variant, some_of
 from autolora.reporting.statistics import (
     ALPHA,
+    POWER,
     Array,
     Difference,
     detectable_over_tasks,
@@ -126,27 +127,19 @@ def choose_reference(variants: Sequence[Variant], wanted: str | None) -> Variant
             raise ConfigError(f"reference={wanted}: there is no such strategy among the runs (there are: {labels})")
     budgets = [run.result.params.budget for variant in variants for run in variant.all_runs()]
 
-    def worth(variant: Variant) -> tuple[bool, int, int]:
+    def worth(variant: Variant) -> tuple[bool, bool, int, int]:
         runs = variant.all_runs()
-        return variant.strategy == "uniform", sum(map(budgets.count, {r.result.params.budget for r in runs})), len(runs)
+        common = sum(map(budgets.count, {run.result.params.budget for run in runs}))
+        return any(run.value is not None for run in runs), variant.strategy == "uniform", common, len(runs)
 
     return max(eligible, key=worth)
 
 
 def compare(variants: Sequence[Variant], reference: Variant) -> list[Comparison]:
-    """Every other variant against the reference, where they have a task and a seed in common.
-
-    Where there are several of the reference's strategy, a variant is compared with the one at its own budget, and of
-    those with the one whose other settings are most like its own.
-    """
+    """Every other variant against its :func:`counterpart`, where both have a score on a task with a seed."""
     resampled = _Resampled(variants)
-    alike = [one for one in variants if one.strategy == reference.strategy]
-    pairs = [(one, reference if one in alike else _nearest(one, alike, reference)) for one in variants]
-    found = [
-        comparison
-        for one, other in pairs
-        if one is not other and (comparison := _compare(one, other, resampled)) is not None
-    ]
+    pairs = [(one, counterpart(one, variants, reference)) for one in variants if one is not reference]
+    found = [comparison for one, other in pairs if (comparison := _compare(one, other, resampled)) is not None]
     adjusted = holm([comparison.p for comparison in found])
     by_task: dict[str, dict[int, float]] = {}
     for i, comparison in enumerate(found):
@@ -166,30 +159,67 @@ def compare(variants: Sequence[Variant], reference: Variant) -> list[Comparison]
     ]
 
 
-def _nearest(variant: Variant, candidates: Sequence[Variant], reference: Variant) -> Variant:
-    """The candidate with a task and the budget of a variant, and settings like its own; or rather the reference."""
+def counterpart(variant: Variant, variants: Sequence[Variant], reference: Variant) -> Variant:
+    """What a variant is compared with, if several are of the reference's strategy.
 
-    def distance(other: Variant) -> tuple[bool, bool, int, bool]:
-        settings = [key for key in variant.settings.keys() | other.settings.keys() if not key.startswith("strategy.")]
-        apart = [key for key in settings if variant.settings.get(key) != other.settings.get(key)]
-        elsewhere = variant.runs.keys().isdisjoint(other.runs)
-        return elsewhere, any(key.startswith("budget.") for key in apart), len(apart), other is not reference
+    The one that is at the variant's budget, or without a budget has parameters most like its own, and of those the one
+    whose other settings are most like its own. A variant of the reference's strategy itself is compared with the one
+    at the reference's budget that has its other settings; at that budget, with the reference.
+    """
+    same_strategy = [one for one in variants if one.strategy == reference.strategy]
+    if variant in same_strategy:
+        wanted = reference
+        same_strategy = [one for one in same_strategy if _same_budget(one, reference)]
+        if variant in same_strategy:
+            return reference
+    else:
+        wanted = variant
 
-    return min(candidates, key=distance)
+    def distance(other: Variant) -> tuple[bool, float, int, bool]:
+        if not _in_common(variant, other):
+            return True, 0.0, 0, other is not reference
+        share = _share(variant, other)
+        unlike = float(not _same_budget(wanted, other))
+        if not any(_budgets(wanted).values()):
+            unlike = abs(math.log(share)) if share else math.inf
+        keys = [
+            key
+            for key in variant.settings.keys() | other.settings.keys()
+            if not key.startswith(("strategy.", "budget."))
+        ]
+        apart = sum(variant.settings.get(key) != other.settings.get(key) for key in keys)
+        return False, unlike, apart, other is not reference
+
+    return min(same_strategy, key=distance)
+
+
+def _budgets(variant: Variant) -> dict[str, int | None]:
+    return {task: next(iter(runs.values())).result.params.budget for task, runs in variant.runs.items()}
+
+
+def _same_budget(one: Variant, other: Variant) -> bool:
+    a, b = _budgets(one), _budgets(other)
+    return all(a[task] == b[task] for task in a.keys() & b.keys())
+
+
+def _in_common(one: Variant, other: Variant) -> dict[str, list[int]]:
+    """The seeds with which both have a score, by task; tasks without one are left out."""
+    seeds = {
+        task: sorted(
+            seed
+            for seed in runs.keys() & other.runs.get(task, {}).keys()
+            if runs[seed].value is not None and other.runs[task][seed].value is not None
+        )
+        for task, runs in one.runs.items()
+    }
+    return {task: found for task, found in seeds.items() if found}
 
 
 def _compare(variant: Variant, reference: Variant, resampled: _Resampled) -> Comparison | None:
     on_tasks, boots = [], []
-    for task in (task for task in variant.runs if task in reference.runs):
-        pairs = [
-            (seed, variant.runs[task][seed], reference.runs[task][seed])
-            for seed in sorted(variant.runs[task].keys() & reference.runs[task].keys())
-            if variant.runs[task][seed].value is not None and reference.runs[task][seed].value is not None
-        ]
-        if not pairs:
-            continue
-        seeds, ours, theirs = zip(*pairs, strict=True)
-        on_tasks.append(OnTask(task, seeds, paired_test(*_pseudovalues(ours, theirs))))
+    for task, seeds in _in_common(variant, reference).items():
+        ours, theirs = ([one.runs[task][seed] for seed in seeds] for one in (variant, reference))
+        on_tasks.append(OnTask(task, tuple(seeds), paired_test(*_pseudovalues(ours, theirs))))
         boots.append(resampled.of(ours) - resampled.of(theirs))
     if not on_tasks:
         return None
@@ -269,35 +299,56 @@ def sentence(comparison: Comparison) -> str:
         size = f"{_number(abs(one.mean), unit)} [{_number(low, unit)}, {_number(high, unit)}]"
         return f"{a} {verb} {b} by {size}{over}, p = {_p(one.adjusted)}{at}{_single_tasks(one)}{_one_seed(one)}."
     if all(test.difference.identical for test in one.tasks):
-        return f"{a} and {b}: their scores{over} are the same, example by example{at}; that shows nothing of others."
+        return f"{a} and {b}: the same score{over} in every example{at}, which says nothing of other examples."
     shown = f"{_number(one.mean, unit)} [{_number(one.low, unit)}, {_number(one.high, unit)}]"
-    found = f"no difference was found{over} ({shown}, p = {_p(one.adjusted)})"
-    return f"{a} and {b}: {found}{at}; {_limit(one, unit)}{_single_tasks(one)}{_one_seed(one)}."
+    bound = one.smallest_p
+    if bound is not None and bound > ALPHA:
+        among = f" and {one.among} comparisons" if one.among > 1 else ""
+        found = (
+            f"{shown} apart{over}{at}, which shows nothing: with {len(one.tasks)} tasks{among} no p below "
+            f"{_p(bound)} can be reached"
+        )
+    else:
+        found = f"no difference was found{over} ({shown}, p = {_p(one.adjusted)}){at}; {_limit(one, unit)}"
+    return f"{a} and {b}: {found}{_single_tasks(one)}{_one_seed(one)}."
+
+
+def not_compared(variants: Sequence[Variant], reference: Variant, comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence for each variant that is in no comparison, with the reason."""
+    if len(variants) == 1:
+        return [f"{reference.label} stands alone: there is nothing to compare it with."]
+    said = {one.label for comparison in comparisons for one in (comparison.variant, comparison.reference)}
+    sentences = []
+    for one in (one for one in variants if one.label not in said):
+        if all(run.value is None for run in one.all_runs()):
+            sentences.append(f"{one.label} has no score, and is in no comparison.")
+        elif one is not reference:
+            other = counterpart(one, variants, reference)
+            sentences.append(f"{one.label} is not compared with {other.label}: they have no task and seed in common.")
+    return sentences
 
 
 def _single_tasks(one: Comparison) -> str:
-    """On how many tasks there is a significant difference, if there are several tasks."""
+    """The tasks on which there is a significant difference, if there are several tasks."""
     if len(one.tasks) == 1:
         return ""
-    ahead = sum(task.significant and task.difference.mean > 0 for task in one.tasks)
-    behind = sum(task.significant and task.difference.mean < 0 for task in one.tasks)
-    rest = len(one.tasks) - ahead - behind
-    return f"; on single tasks it is ahead on {ahead}, behind on {behind}, and neither on the other {rest}"
+    sides = {
+        side: [task.task for task in one.tasks if task.significant and sign * task.difference.mean > 0]
+        for side, sign in (("ahead", 1), ("behind", -1))
+    }
+    found = [f"{side} on {some_of(tasks)}" for side, tasks in sides.items() if tasks]
+    return f"; on single tasks {one.variant.label} is {' and '.join(found) or 'neither ahead nor behind'}"
 
 
 def _limit(one: Comparison, unit: float) -> str:
-    """What the design could not have shown."""
-    bound = one.smallest_p
-    if bound is not None and bound > ALPHA:
-        among = f" and in {one.among} comparisons" if one.among > 1 else ""
-        return f"over {len(one.tasks)} tasks{among} no p below {_p(bound)} can be reached, whatever the differences"
+    """What the design can show."""
     if all(test.difference.over == "nothing" for test in one.tasks):
         return "one training each without predictions can show nothing"
     if math.isinf(one.detectable):
         return "nothing varies that would tell what this design can show"
     if beyond_scores(one.detectable, unit):
-        return "this design can show no difference between scores, however large"
-    return f"this design can only show differences above {_number(one.detectable, unit)}"
+        return f"this design shows no difference between scores, however large, with a power of {POWER:.0%}"
+    return f"this design shows differences above {_number(one.detectable, unit)} with a power of {POWER:.0%}"
 
 
 def beyond_scores(size: float, unit: float) -> bool:

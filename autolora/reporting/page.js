@@ -43,10 +43,9 @@ for (const block of document.querySelectorAll(".table")) {
 const { common, own } = JSON.parse(document.getElementById("configurations").textContent);
 const dialog = document.getElementById("configuration");
 const show = (row) => {
-  const name = row.dataset.run;
-  const mine = own[name];
+  const mine = own[row.dataset.run];
   const pre = dialog.querySelector("pre");
-  dialog.querySelector("h3").textContent = name;
+  dialog.querySelector("h3").textContent = row.cells[0].textContent;
   pre.replaceChildren();
   for (const key of [...new Set([...Object.keys(common), ...Object.keys(mine)])].sort()) {
     const line = document.createElement(key in mine ? "b" : "span");

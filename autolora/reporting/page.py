@@ -42,15 +42,15 @@ def render(
     )
 
 
-def configurations(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """What all runs share, once, and what is each one's own: ``{"common": {...}, "own": {run: {...}}}``."""
+def configurations(runs: Sequence[Run]) -> dict[str, Any]:
+    """What all runs share, once, and what is each one's own, in their order: ``{"common": {...}, "own": [{...}]}``."""
     first = runs[0].config
     common = {
         key: value
         for key, value in first.items()
         if all(key in run.config and run.config[key] == value for run in runs)
     }
-    own = {run.path.name: {key: value for key, value in run.config.items() if key not in common} for run in runs}
+    own = [{key: value for key, value in run.config.items() if key not in common} for run in runs]
     return {"common": common, "own": own}
 
 

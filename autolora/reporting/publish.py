@@ -21,7 +21,6 @@ from autolora.errors import ServiceError
 from autolora.network import why_unreachable
 from autolora.reporting.report import Arena
 from autolora.reporting.runs import Run, Variant
-from autolora.reporting.tables import markdown
 from autolora.results import run_name
 from autolora.training.loggers import ADAPTER_PARAMETERS, DEV, TOTAL_SECONDS
 
@@ -119,7 +118,7 @@ def make_report(arenas: Sequence[Arena], *, title: str, project: str, entity: st
         blocks += [
             wr.H2(text=arena.name),
             wr.UnorderedList(items=[*arena.sentences()]),
-            wr.MarkdownBlock(text=markdown(arena.table)),
+            wr.MarkdownBlock(text=arena.markdown()),
             *(wr.P(text=line) for line in arena.limits()),
         ]
         for task in arena.table.tasks:

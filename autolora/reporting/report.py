@@ -6,18 +6,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from textwrap import fill, indent
 from typing import Any
 
 from autolora.errors import PathError
 from autolora.files import write_text_atomic, writing
 from autolora.reporting import figures
-from autolora.reporting.compare import Comparison, OnTask, beyond_scores, choose_reference, compare, sentence
+from autolora.reporting.compare import (
+    Comparison,
+    OnTask,
+    beyond_scores,
+    choose_reference,
+    compare,
+    not_compared,
+    sentence,
+)
 from autolora.reporting.figures.canvas import Figure, styled
 from autolora.reporting.figures.scores import adapter_parameters
 from autolora.reporting.page import render
-from autolora.reporting.runs import Found, Run, Variant, settings_apart, some_of, variants
-from autolora.reporting.statistics import ALPHA
-from autolora.reporting.tables import Table, cells, make_table, markdown, row_of, tex, write_results
+from autolora.reporting.runs import Found, Run, Variant, circumstances_apart, settings_apart, some_of, variants
+from autolora.reporting.statistics import ALPHA, POWER
+from autolora.reporting.tables import Table, caption, cells, make_table, markdown, row_of, tex, write_results
 
 _MANY_SEEDS = (5, 10, 20)
 """With fewer than the first, a report says what these would show."""
@@ -44,21 +53,28 @@ class Arena:
     table: Table
 
     def sentences(self) -> list[str]:
-        """What it says: a sentence for every comparison, the ones that were decided first."""
-        if not self.comparisons:
-            return [f"{self.reference.label} stands alone: there is nothing to compare it with."]
+        """What it says: a sentence for every strategy, the comparisons that were decided first."""
         ordered = sorted(self.comparisons, key=lambda one: (not one.significant, -one.mean))
-        return [sentence(one) for one in ordered]
+        return [*map(sentence, ordered), *not_compared(self.variants, self.reference, self.comparisons)]
 
     def limits(self) -> list[str]:
         """What a reader has to know to read the numbers."""
         return list(_limits(self))
 
-    def against(self) -> str:
-        """What bold scores in the table are better than."""
-        if len({one.reference.label for one in self.comparisons}) <= 1:
-            return self.reference.label
-        return f"{self.reference.strategy} at the same budget, where there is one, or {self.reference.label}"
+    def caption(self) -> str:
+        """What the numbers of the table are, and what bold scores in it are better than."""
+        against = self.reference.label
+        if len({one.reference.label for one in self.comparisons}) > 1:
+            against = f"{self.reference.strategy} at the same budget, where there is one, or {against}"
+        return caption(self.table, against)
+
+    def markdown(self) -> str:
+        """The table and its caption in Markdown."""
+        return f"{markdown(self.table)}\n{self.caption()}\n"
+
+    def tex(self) -> str:
+        """The table in TeX, and its caption as a comment."""
+        return tex(self.table) + indent(fill(self.caption(), 118), "% ") + "\n"
 
 
 def _limits(arena: Arena) -> Iterator[str]:
@@ -71,14 +87,15 @@ def _limits(arena: Arena) -> Iterator[str]:
     yield (
         "Runs are paired by task, seed and example. On one task the variance of a difference is that of readers and "
         "cases (Dorfman, Berbaum and Metz 1992) with seeds as readers, and its interval and test are Banerjee's "
-        "(1960), which find nothing in nothing at more than the nominal rate."
+        "(1960): where there is no difference, one is found no more often than the level of the test says."
     )
-    for setting in settings_apart(arena.variants):
-        yield f"Not everything else is equal. {setting}."
+    for apart in (*settings_apart(arena.variants), *circumstances_apart(arena.variants)):
+        yield f"Not everything else is equal. {apart}."
     if among > 1:
         yield (
-            f"p are adjusted by Holm's method over the {among} comparisons, on each task by itself; what can be shown "
-            "is said for a comparison that has to stand whatever becomes of the others."
+            f"p are adjusted by Holm's method over the {among} comparisons, on each task by itself; power is that of a "
+            f"test at {ALPHA} / {among}, the level of a comparison that has to stand whatever becomes of the others. "
+            "Smaller differences are found too, but less often."
         )
     if among > 1 and tasks > 1:
         yield (
@@ -94,9 +111,10 @@ def _limits(arena: Arena) -> Iterator[str]:
     lowest = min((one.smallest_p for one in arena.comparisons if one.smallest_p is not None), default=0.0)
     if lowest > ALPHA:
         yield (
-            f"Over {tasks} tasks and {among} comparisons the smallest adjusted p that signs drawn at random can give "
-            f"is {lowest:.2g}, above {ALPHA}: a difference on average cannot be shown; single tasks may show one. "
-            "Intervals over tasks suppose differences that are normal; where they disagree, the test decides."
+            f"Over {tasks} tasks and {among} comparison{'s' * (among > 1)} the smallest adjusted p that signs drawn at "
+            f"random can give is {lowest:.2g}, above {ALPHA}: a difference on average cannot be shown; single tasks "
+            "may show one. Intervals over tasks suppose differences that are normal; where they disagree, the test "
+            "decides."
         )
     blind = sorted({one.task for one in tests if one.difference.over in ("seeds", "nothing")})
     if blind:
@@ -126,8 +144,8 @@ def _more_seeds(arena: Arena, tests: Sequence[OnTask]) -> Iterator[str]:
             for n, size in sizes.items()
         )
         yield (
-            f"Differences on {task} that can be shown: {', '.join(visible)} (the median over the comparisons, if "
-            "trainings vary as these do)."
+            f"Differences on {task} that are found with a power of {POWER:.0%}: {', '.join(visible)} (the median over "
+            "the comparisons, if trainings vary as these do)."
         )
 
 
@@ -172,8 +190,8 @@ def write_report(
         for run in variant.all_runs()
     ]
     write_results(out / "results.csv", rows)
-    write_text_atomic(out / "table.md", "\n".join(f"## {arena.name}\n\n{markdown(arena.table)}" for arena in arenas))
-    write_text_atomic(out / "table.tex", "\n".join(f"% {arena.name}\n{tex(arena.table)}" for arena in arenas))
+    write_text_atomic(out / "table.md", "\n".join(f"## {arena.name}\n\n{arena.markdown()}" for arena in arenas))
+    write_text_atomic(out / "table.tex", "\n".join(f"% {arena.name}\n{arena.tex()}" for arena in arenas))
     text = [
         f"{arena.name}\n" + "".join(f"- {line}\n" for line in [*arena.sentences(), "", *arena.limits()] if line)
         for arena in arenas
@@ -210,7 +228,7 @@ def _for_page(arena: Arena, folder: Path) -> dict[str, Any]:
         "name": arena.name,
         "sentences": arena.sentences(),
         "limits": arena.limits(),
-        "against": arena.against(),
+        "caption": arena.caption(),
         "table": cells(arena.table, lambda text: {"text": text, "bold": True}, lambda text: text),
         "comparisons": _differences(arena),
         "figures": drawings,
@@ -229,7 +247,7 @@ def _differences(arena: Arena) -> list[list[str]]:
         "to",
         "p",
         "p (Holm)",
-        "smallest that can be shown",
+        f"found with a power of {POWER:.0%}",
     ]
     lines = [header]
     for comparison in arena.comparisons:

@@ -7,7 +7,7 @@ interrupted, and runs of one configuration that disagree are counted and named.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from autolora.cells import FOLDER, read_cells
 from autolora.errors import DataError
 from autolora.reporting.statistics import METRICS, Array, Scored
 from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
@@ -89,23 +90,13 @@ class Found:
 
 
 def load_runs(roots: Sequence[Path]) -> Found:
-    """Read every run under the folders: run directories themselves, or folders of them.
+    """Read every run under the folders: run directories themselves, folders of them, or folders of sweeps.
 
     Raises:
-        DataError: if a folder is not there, or there is not one run in any of them.
-    """
-    directories = list(dict.fromkeys(directory for root in roots for directory in _directories(root)))
-    return read_runs(directories, ", ".join(map(str, roots)))
-
-
-def read_runs(directories: Iterable[Path], where: str) -> Found:
-    """Read run directories; ``where`` they were looked for is for the message.
-
-    Raises:
-        DataError: if there is not one complete run.
+        DataError: if a folder is not there, or there is not one complete run in any of them.
     """
     found = Found()
-    for directory in directories:
+    for directory in dict.fromkeys(directory for root in roots for directory in _directories(root)):
         try:
             result = read_result(directory)
             if result.status != "complete":
@@ -119,8 +110,16 @@ def read_runs(directories: Iterable[Path], where: str) -> Found:
             found.skipped.append((directory, f"config.yaml: {type(error).__name__}: {error}"))
     if not found.runs:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:10])
-        reasons = reasons or " (run directories lie in the folder that run_root named, one beside the other)"
-        raise DataError(f"{where}: expected run directories with a complete result.json, found none{reasons}")
+        where = ", ".join(map(str, roots))
+        raise DataError(
+            f"{where}: expected run directories with a complete result.json, found none{reasons or _hint(roots)}"
+        )
+    found.skipped += [
+        (cell.name, " ".join([cell.status, *cell.last_words]))
+        for root in roots
+        for cell in read_cells(root)
+        if cell.status != "complete"
+    ]
     _keep_one_of_each(found)
     found.flagged += [
         f"{run.path} has no {run.result.metrics.primary} (undefined or NaN): it is in no mean and no comparison"
@@ -157,15 +156,32 @@ def _tell_data_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """Folders under ``root`` that a run has begun in."""
+    """Folders under ``root`` that a run has begun in; for the folder of a sweep those of its complete cells."""
     if not root.is_dir():
         raise DataError(f"runs={root}: there is no such folder (relative to {Path.cwd()})")
+    if (root / FOLDER).is_dir():
+        runs = (cell.run for cell in read_cells(root) if cell.status == "complete" and cell.run is not None)
+        # A run root that was moved has its runs beside the folder of sweeps.
+        yield from (run if run.is_dir() else root.parent.parent / run.name for run in runs)
+        return
     if (root / "config.yaml").is_file() or (root / "result.json").is_file():
         yield root
         return
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and ((folder / "result.json").is_file() or (folder / "config.yaml").is_file()):
             yield folder
+
+
+def _hint(roots: Sequence[Path]) -> str:
+    """Where runs are instead, if that is one or two folders further down."""
+    below = sorted(
+        {file.parents[1] for root in roots for depth in (2, 3) for file in root.glob("*/" * depth + "config.yaml")}
+    )
+    sweeps = sorted({folder.parent for root in roots for folder in root.glob(f"*/{FOLDER}")})
+    places = [str(path) for path in (*below, *sweeps)]
+    if places:
+        return f": they are in {some_of(places)}"
+    return " (run directories lie in the folder that run_root named, one beside the other)"
 
 
 def _keep_one_of_each(found: Found) -> None:
@@ -220,11 +236,13 @@ class Variant:
     Args:
         label: unique among the variants of an arena.
         strategy: its name.
+        family: what it shares with variants that differ from it in the budget, and in what goes with the budget, alone.
         runs: by task, then by seed.
     """
 
     label: str
     strategy: str
+    family: str
     runs: Mapping[str, Mapping[int, Run]]
 
     @cached_property
@@ -258,15 +276,16 @@ def variants(runs: Sequence[Run], flagged: list[str]) -> list[Variant]:
         keys = varied[run.result.strategy] | {key for key in run.config if key.startswith("budget.")}
         identity = {key: run.config.get(key) for key in sorted(keys)} | {"strategy": run.result.strategy}
         by_identity.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(run)
-    labels = _labels(list(by_identity.values()), varied)
+    groups = list(by_identity.values())
+    labels, families = _labels(groups, varied), _families(groups, varied)
     found = []
-    for label, group in zip(labels, by_identity.values(), strict=True):
+    for label, family, group in zip(labels, families, groups, strict=True):
         table: dict[str, dict[int, Run]] = {}
         for run in group:
             first = table.setdefault(run.task, {}).setdefault(run.result.seed, run)
             if first is not run:
                 flagged.append(f"{run.path} differs from {first.path} in its data alone; the second is used")
-        found.append(Variant(label, group[0].result.strategy, table))
+        found.append(Variant(label, group[0].result.strategy, family, table))
     return sorted(found, key=lambda variant: variant.label)
 
 
@@ -304,6 +323,26 @@ def _labels(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -> 
         label = f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy
         labels.append(label if label not in labels else f"{label} #{labels.count(label) + 1}")
     return labels
+
+
+def _families(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -> list[str]:
+    """The strategy, and what was varied at one and the same budget."""
+    free: dict[str, list[str]] = {}
+    for strategy, keys in varied.items():
+        those = [group[0] for group in groups if group[0].result.strategy == strategy]
+        budgets = {_budget(run) for run in those}
+        free[strategy] = [
+            key
+            for key in sorted(keys)
+            if not key.startswith("budget.")
+            and len({(_budget(run), _short(run.config.get(key))) for run in those}) > len(budgets)
+        ]
+    families = []
+    for run in (group[0] for group in groups):
+        apart = free[run.result.strategy]
+        said = ", ".join(f"{_short_key(key, apart)}={_short(run.config.get(key))}" for key in apart)
+        families.append(f"{run.result.strategy} ({said})" if said else run.result.strategy)
+    return families
 
 
 def _budget(run: Run) -> str | None:
@@ -352,11 +391,11 @@ def settings_apart(variants: Sequence[Variant]) -> list[str]:
         }
         apart = [task for task in tasks if len({each[task] for each in values.values() if task in each}) > 1]
         if apart and all(len(set(each.values())) == 1 for each in values.values()):
-            lines.append(f"{key}: {_by_value({label: next(iter(each.values())) for label, each in values.items()})}")
+            lines.append(f"{key}: {_by_value((next(iter(each.values())), label) for label, each in values.items())}")
             continue
         said: dict[str, list[str]] = {}
         for task in apart:
-            here = _by_value({label: each[task] for label, each in values.items() if task in each})
+            here = _by_value((each[task], label) for label, each in values.items() if task in each)
             said.setdefault(here, []).append(task)
         lines += [
             f"{key}{'' if len(where) == len(tasks) else f' on {some_of(where)}'}: {here}"
@@ -365,12 +404,30 @@ def settings_apart(variants: Sequence[Variant]) -> list[str]:
     return lines
 
 
-def _by_value(values: Mapping[str, str]) -> str:
+def circumstances_apart(variants: Sequence[Variant]) -> list[str]:
+    """Arithmetic, machine, library and code in which runs differ, a line for each; a name may be at several values."""
+    lines = []
+    for what, value in _CIRCUMSTANCES.items():
+        pairs = dict.fromkeys((value(run.result), one.label) for one in variants for run in one.all_runs())
+        if len({found for found, _ in pairs}) > 1:
+            lines.append(f"{what}: {_by_value(pairs)}")
+    return lines
+
+
+_CIRCUMSTANCES: dict[str, Callable[[RunResult], str]] = {
+    "precision": lambda result: str(result.hardware.get("precision")),
+    "device": lambda result: str(result.hardware.get("gpu") or result.hardware.get("cpu")),
+    "torch": lambda result: str(result.versions.get("torch")),
+    "commit": lambda result: str(result.git.commit)[:10],
+}
+
+
+def _by_value(pairs: Iterable[tuple[str, str]]) -> str:
     """Each value with the names that have it."""
     by_value: dict[str, list[str]] = {}
-    for name, value in values.items():
+    for value, name in pairs:
         by_value.setdefault(value, []).append(name)
-    return ", ".join(f"{value} ({some_of(names)})" for value, names in sorted(by_value.items()))
+    return some_of([f"{value} ({some_of(names)})" for value, names in sorted(by_value.items())])
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -13,8 +13,10 @@ from typing import TypeVar
 from autolora.files import replacing
 from autolora.reporting.compare import Comparison
 from autolora.reporting.runs import Run, Variant
+from autolora.reporting.statistics import ALPHA
 
 Cell = TypeVar("Cell")
+_OF_ONE = "†"
 
 # Every run -----------------------------------------------------------------------------------------------------------
 
@@ -80,17 +82,22 @@ def write_results(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean and standard deviation (n - 1) over seeds, and whether the difference from the reference is significant."""
+    """Mean and standard deviation (n - 1) over seeds, and whether it is significantly better than the reference's.
+
+    ``of_one`` says that this was tested with one seed: of these trainings only.
+    """
 
     mean: float
     sd: float | None
     seeds: int
     better: bool = False
+    of_one: bool = False
 
     def text(self, unit: float) -> str:
         """As in a table: in points where the unit is 100, else in scientific notation."""
         digits: Callable[[float], str] = (lambda x: f"{x:.1f}") if unit == 100 else (lambda x: f"{x:.2e}")
-        return digits(unit * self.mean) + (f" ± {digits(abs(unit) * self.sd)}" if self.sd is not None else "")
+        spread = f" ± {digits(abs(unit) * self.sd)}" if self.sd is not None else ""
+        return digits(unit * self.mean) + spread + (_OF_ONE if self.better and self.of_one else "")
 
 
 @dataclass(frozen=True)
@@ -109,11 +116,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The variants of one arena; ``units`` are by task what a score is multiplied with to be shown."""
+    """The variants of one arena; by task the metric, and in ``units`` what a score is multiplied with to be shown."""
 
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     units: Mapping[str, float]
+    metrics: Mapping[str, str]
 
     @property
     def averaged(self) -> bool:
@@ -133,7 +141,8 @@ def make_table(variants: Sequence[Variant], comparisons: Sequence[Comparison]) -
         scores = [row.average] if row.average else list(row.scores.values())
         return row.average is None, -max((score.mean for score in scores), default=float("-inf"))
 
-    return Table(tasks, tuple(sorted(rows, key=worth)), units)
+    metrics = {task: some[task].result.metrics.primary.replace("_", " ") for task in tasks}
+    return Table(tasks, tuple(sorted(rows, key=worth)), units, metrics)
 
 
 def _unit(run: Run) -> float:
@@ -142,12 +151,20 @@ def _unit(run: Run) -> float:
 
 
 def _row(variant: Variant, tasks: Sequence[str], comparison: Comparison | None) -> Row:
-    better = {one.task for one in comparison.tasks if one.significant and one.difference.mean > 0} if comparison else ()
+    better = {
+        one.task: one.difference.over == "examples"
+        for one in (comparison.tasks if comparison else ())
+        if one.significant and one.difference.mean > 0
+    }
     values = {
         task: {seed: run.value for seed, run in by_seed.items() if run.value is not None}
         for task, by_seed in variant.runs.items()
     }
-    scores = {task: _score(list(found.values()), task in better) for task, found in values.items() if found}
+    scores = {
+        task: _score(list(found.values()), task in better, better.get(task, False))
+        for task, found in values.items()
+        if found
+    }
     average = None
     if set(scores) == set(tasks):
         seeds = set.intersection(*(set(found) for found in values.values()))
@@ -155,7 +172,8 @@ def _row(variant: Variant, tasks: Sequence[str], comparison: Comparison | None) 
         ahead = comparison is not None and len(comparison.tasks) == len(tasks) and comparison.significant
         if by_seed:
             average = _score(by_seed, ahead and comparison is not None and comparison.mean > 0)
-    results = [run.result for run in variant.all_runs()]
+    runs = variant.all_runs()
+    results = [run.result for run in runs if run.value is not None] or [run.result for run in runs]
     passes = [result.compute.passes for result in results]
     counts = [len(found) for found in values.values()]
     return Row(
@@ -170,19 +188,37 @@ def _row(variant: Variant, tasks: Sequence[str], comparison: Comparison | None) 
     )
 
 
-def _score(values: Sequence[float], better: bool) -> Score:
-    return Score(fmean(values), stdev(values) if len(values) > 1 else None, len(values), better)
+def _score(values: Sequence[float], better: bool, of_one: bool = False) -> Score:
+    return Score(fmean(values), stdev(values) if len(values) > 1 else None, len(values), better, of_one)
+
+
+def caption(table: Table, against: str) -> str:
+    """What the numbers of a table are, and what bold means.
+
+    Args:
+        table: whose.
+        against: what scores in bold are better than.
+    """
+    points = "; in points" if set(table.units.values()) == {100.0} else ""
+    bold = f"Bold: better than {against}, p < {ALPHA} by Holm's method over the comparisons on that task"
+    if any(score.better and score.of_one for row in table.rows for score in row.scores.values()):
+        bold += f" ({_OF_ONE} with one seed: of these trainings only)"
+    return (
+        f"Scores on dev, mean ± standard deviation (n - 1) over seeds{points}. {bold}. Parameters, seconds and passes "
+        "of batches through the model are those of one run, with search, selection and retraining, as means over tasks "
+        "and seeds."
+    )
 
 
 def cells(table: Table, bold: Callable[[str], Cell], escape: Callable[[str], str]) -> list[list[str | Cell]]:
     """The header and the rows as text, or what ``bold`` makes of it where a score is significantly better."""
     header = [
         "strategy",
-        *table.tasks,
+        *(f"{task}, {table.metrics[task]}{' (less is better)' * (table.units[task] < 0)}" for task in table.tasks),
         *(["average"] if table.averaged else []),
         "seeds",
-        "adapter",
-        "head",
+        "adapter parameters",
+        "head parameters",
         "seconds",
         "passes",
     ]
@@ -226,7 +262,7 @@ def _tex_row(line: Sequence[str]) -> str:
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "±": r"$\pm$", "[": "{[}", "]": "{]}",
+    "±": r"$\pm$", "†": r"$^\dagger$", "[": "{[}", "]": "{]}",
 }  # fmt: skip
 
 

@@ -122,6 +122,7 @@ class History(pl.Callback):
             "heldout": heldout,
             "active_params": plan.params,
             "active_components": plan.components,
+            "mean_gate": module.strategy.adapters.mean_gate(),
             **rates,
             **module.strategy.progress(),
         }
@@ -132,7 +133,9 @@ class History(pl.Callback):
             logger.log_metrics(self.latest | {f"rank/{k}": v for k, v in plan.items()}, step=step)
         row |= {f"rank:{name}": rank for name, rank in plan.items()}
         text = io.StringIO(newline="")
-        writer: csv.DictWriter[str] = csv.DictWriter(text, self._header or list(row), lineterminator="\n")
+        writer: csv.DictWriter[str] = csv.DictWriter(  # what an older version began keeps its columns
+            text, self._header or list(row), lineterminator="\n", extrasaction="ignore"
+        )
         if self._header is None:
             writer.writeheader()
             self._header = list(row)

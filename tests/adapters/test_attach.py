@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,7 +23,7 @@ from autolora.adapters import (
     compact,
     find_sites,
 )
-from autolora.adapters.gates import SELECTOR_FORMS
+from autolora.adapters.gates import SELECTOR_FORMS, ScaleGate
 from autolora.errors import PlanError, TargetError
 from autolora.plan import RankPlan
 
@@ -230,6 +231,19 @@ def test_count_and_summary_by_hand() -> None:
     assert adapters.count() == counted
     assert adapters.summary() == "trainable parameters: 44 of 72 (61.11 %)"
     assert sum(p.numel() for p in adapters.gate_parameters()) == 3
+
+
+def test_the_mean_gate_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    settings = AdapterSettings(modules_to_save=[])
+    plan = RankPlan.uniform(find_sites(model, settings), 2)
+    gates = {"0": SelectorGate(2, init=math.log(3)), "1": ScaleGate(2, init=-0.25)}
+    adapters = attach(model, settings, plan, lambda name, rank: gates[name])
+    assert adapters.mean_gate() == pytest.approx((0.75 + 0.25) / 2)
+    gates["0"].fix(torch.ones(2))
+    assert adapters.mean_gate() == pytest.approx(0.25)
+    gates["1"].fix(torch.ones(2))
+    assert adapters.mean_gate() is None
 
 
 def test_trainable_state_round_trip() -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 from autolora.errors import ConfigError
 from autolora.reporting.compare import Comparison, choose_reference, compare, sentence
 from autolora.reporting.report import make_arenas
-from autolora.reporting.runs import Variant, load_runs, settings_apart, variants
+from autolora.reporting.runs import Variant, circumstances_apart, load_runs, settings_apart, variants
 from autolora.reporting.statistics import sign_flip_test
 
 TASKS = ("sst2", "rte", "mrpc", "qnli", "qqp", "mnli", "cola")
@@ -78,11 +78,11 @@ def test_over_tasks_signs_decide_and_holm_counts_the_comparisons(tmp_path: Path)
     assert found["autolora"].adjusted == 2 * 2 / 2**7
     assert re.fullmatch(
         r"autolora beats uniform by 10\.0 \[\d+\.\d, \d+\.\d\] on average over 7 tasks, p = 0\.031; "
-        r"on single tasks it is ahead on \d, behind on 0, and neither on the other \d \(one seed: .*\)\.",
+        r"on single tasks autolora is ahead on (\w+, )+\w+( and \d more)? \(one seed: .*\)\.",
         sentence(found["autolora"]),
     )
     assert "no difference was found on average over 7 tasks" in sentence(found["sora"])
-    assert "this design can only show differences above" in sentence(found["sora"])
+    assert re.search(r"; this design shows differences above \d+\.\d with a power of 80%", sentence(found["sora"]))
 
 
 def test_few_seeds_are_said_with_what_more_would_show(tmp_path: Path) -> None:
@@ -91,14 +91,16 @@ def test_few_seeds_are_said_with_what_more_would_show(tmp_path: Path) -> None:
         for strategy in ("autolora", "sora", "adalora", "eva"):
             write_run(tmp_path, strategy=strategy, seed=seed, accuracy=0.78 + 0.05 * seed)
     (arena,) = make_arenas(load_runs([tmp_path]))
-    (line,) = (line for line in arena.limits() if line.startswith("Differences on sst2"))
+    (line,) = (
+        line for line in arena.limits() if line.startswith("Differences on sst2 that are found with a power of 80%")
+    )
     few, *more = re.findall(r"with (\d+) seeds (none|those above (\S+?))[, ]", line)
     assert few[:2] == ("2", "none")
     assert [int(seeds) for seeds, *_ in more] == [5, 10, 20]
     tests = [one.tasks[0].difference for one in arena.comparisons]
     ten = np.median([test.with_seeds(10).detectable(0.05 / 4) for test in tests])
     assert more[1][2] == f"{100 * ten:.2g}"
-    assert all("can show no difference between scores, however large" in text for text in arena.sentences())
+    assert all("shows no difference between scores, however large" in text for text in arena.sentences())
 
 
 def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:
@@ -108,9 +110,11 @@ def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:
     one = comparisons(tmp_path)["autolora"]
     assert (one.p, one.smallest_p, one.significant) == (0.25, 0.25, False)
     assert all(task.significant for task in one.tasks)
-    assert sentence(one).endswith(
-        "over 3 tasks no p below 0.25 can be reached, whatever the differences; on single tasks it is ahead on 3, "
-        "behind on 0, and neither on the other 0 (one seed: of these trainings only)."
+    assert re.fullmatch(
+        r"autolora and uniform: 30\.0 \[\d+\.\d, \d+\.\d\] apart on average over 3 tasks, which shows nothing: with "
+        r"3 tasks no p below 0\.25 can be reached; on single tasks autolora is ahead on (\w+, ){2}\w+ \(one seed: "
+        r"of these trainings only\)\.",
+        sentence(one),
     )
 
 
@@ -129,8 +133,8 @@ def test_equal_runs_differ_by_nothing(tmp_path: Path) -> None:
     (one,) = comparisons(tmp_path).values()
     assert (one.mean, one.p, one.detectable) == (0.0, 1.0, math.inf)
     assert sentence(one) == (
-        "uniform (lr=0.002) and uniform (lr=0.001): their scores on sst2 are the same, example by example; that shows "
-        "nothing of others."
+        "uniform (lr=0.002) and uniform (lr=0.001): the same score on sst2 in every example, which says nothing of "
+        "other examples."
     )
 
 
@@ -230,6 +234,62 @@ def test_a_reference_without_a_common_task_is_none(tmp_path: Path) -> None:
     assert comparisons(tmp_path)["autolora (rank 1)"].reference.label == "uniform (rank 4)"
 
 
+def test_ranks_are_compared_on_the_same_rows(tmp_path: Path) -> None:
+    """What is varied besides the budget is equal where it can be, in the reference's strategy too."""
+    for rank in (1, 4, 8):
+        for rows in (500, 5000):
+            write_run(tmp_path, f"budget.rank={rank}", f"data.max_train={rows}", budget=100 * rank)
+    write_run(tmp_path, "budget.rank=8", "data.max_train=500", strategy="autolora", budget=800)
+    others = {label: one.reference.label for label, one in comparisons(tmp_path).items()}
+    assert others == {
+        "uniform (rank 1, max_train=500)": "uniform (rank 8, max_train=500)",
+        "uniform (rank 1, max_train=5000)": "uniform (rank 8, max_train=5000)",
+        "uniform (rank 4, max_train=500)": "uniform (rank 8, max_train=500)",
+        "uniform (rank 4, max_train=5000)": "uniform (rank 8, max_train=5000)",
+        "uniform (rank 8, max_train=5000)": "uniform (rank 8, max_train=500)",
+        "autolora (rank 8)": "uniform (rank 8, max_train=500)",
+    }
+
+
+def test_without_a_budget_the_nearest_number_of_parameters_counts(tmp_path: Path) -> None:
+    for rank in (4, 16, 64):
+        write_run(tmp_path, f"budget.rank={rank}", budget=100 * rank, params=100 * rank)
+    write_run(tmp_path, strategy="hierarchical", budget=None, params=5000)
+    found = comparisons(tmp_path)
+    assert found["hierarchical"].reference.label == "uniform (rank 64)"
+
+
+def test_who_is_in_no_comparison_is_said_with_the_reason(tmp_path: Path) -> None:
+    nothing = {"primary": "accuracy", "value": None, "all": {}}
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, strategy="autolora", seed=0)
+    write_run(tmp_path, strategy="hierarchical", seed=1)
+    write_run(tmp_path, strategy="sora", metrics=nothing)
+    (arena,) = make_arenas(load_runs([tmp_path]))
+    assert [one.variant.label for one in arena.comparisons] == ["autolora"]
+    assert arena.sentences()[1:] == [
+        "hierarchical is not compared with uniform: they have no task and seed in common.",
+        "sora has no score, and is in no comparison.",
+    ]
+
+
+def test_one_strategy_stands_alone(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (arena,) = make_arenas(load_runs([tmp_path]))
+    assert arena.sentences() == ["uniform stands alone: there is nothing to compare it with."]
+
+
+def test_arithmetic_machine_and_code_that_differ_are_said(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path, seed=1, git={"commit": "b" * 40, "dirty": False})
+    hardware = {"cpu": "EPYC", "gpu": "H200", "precision": "32-true"}
+    write_run(tmp_path, strategy="autolora", hardware=hardware, versions={"torch": "2.6.0"})
+    apart = circumstances_apart(those(tmp_path))
+    assert [line.split(":")[0] for line in apart] == ["precision", "device", "torch", "commit"]
+    assert "32-true (autolora)" in apart[0]
+    assert apart[3] == "commit: None (autolora, uniform), bbbbbbbbbb (uniform)"
+
+
 def test_settings_that_are_not_equal_are_said(tmp_path: Path) -> None:
     for task in ("sst2", "rte"):
         write_run(tmp_path, "trainer.max_epochs=1", "optim.adapter.lr=1e-5", task=task)
@@ -252,7 +312,7 @@ def test_what_can_be_shown_counts_the_comparisons(tmp_path: Path) -> None:
             write_run(tmp_path, task=task, strategy=strategy, accuracy=0.9)
     one = comparisons(tmp_path)["autolora"]
     assert (one.p, one.adjusted, one.smallest_p) == (2 / 2**6, 6 * 2 / 2**6, 6 * 2 / 2**6)
-    assert "over 6 tasks and in 6 comparisons no p below 0.19 can be reached" in sentence(one)
+    assert "with 6 tasks and 6 comparisons no p below 0.19 can be reached" in sentence(one)
     (task, *_) = one.tasks
     assert task.detectable == task.difference.detectable(0.05 / 6) > task.difference.detectable(0.05)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reporting.fake_runs import change_result, write_run
 
+from autolora.cells import Cell, cell_file
 from autolora.errors import DataError
 from autolora.reporting.runs import Run, load_runs, variants
 
@@ -46,6 +49,36 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path, status="interrupted")
     with pytest.raises(DataError, match=r"found none\n  .*: interrupted"):
         load_runs([tmp_path])
+
+
+def test_where_runs_are_instead_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "old")
+    write_cells(tmp_path / "runs" / "old" / "sweeps" / "grid", [])
+    with pytest.raises(DataError, match=r"runs: expected .*, found none: they are in \S*/runs/old$"):
+        load_runs([tmp_path / "runs"])
+    with pytest.raises(DataError, match=r"sweeps: expected .*, found none: they are in \S*/sweeps/grid$"):
+        load_runs([tmp_path / "runs" / "old" / "sweeps"])
+
+
+def test_a_sweep_is_read_by_its_folder(tmp_path: Path) -> None:
+    mine, other = write_run(tmp_path / "runs"), write_run(tmp_path / "runs", seed=1)
+    sweep = tmp_path / "runs" / "sweeps" / "grid"
+    failed = {"status": "failed", "error": "Traceback (most recent call last):\n  File x\nValueError: rank"}
+    write_cells(sweep, [{"status": "complete", "run": mine}, {"status": "running"}, failed])
+    found = load_runs([sweep])
+    assert [run.path for run in found.runs] == [mine]
+    assert found.skipped == [("seed=1", "running"), ("seed=2", "failed ValueError: rank")]
+    assert [run.path for run in load_runs([sweep, tmp_path / "runs"]).runs] == [mine, other]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere"
+    assert [run.path for run in load_runs([moved / "sweeps" / "grid"]).runs] == [moved / mine.name]
+
+
+def write_cells(sweep: Path, known: Sequence[Mapping[str, Any]]) -> None:
+    (sweep / "cells").mkdir(parents=True)
+    for i, one in enumerate(known):
+        cell = Cell(number=i, overrides=(f"seed={i}",), began=0.0, process=("host", 1), **one)
+        cell_file(sweep, i).write_text(cell.model_dump_json())
 
 
 def test_one_configuration_counts_once_and_other_numbers_are_flagged(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_history_tells_ranks_and_the_budget_is_kept(tmp_path: Path) -> None:
     assert int(rows[0]["active_params"]) == strategy.largest.params
     assert int(rows[-1]["active_params"]) <= (strategy.allowance or 0)
     assert sum(int(rows[-1][f"rank:{name}"]) for name in strategy.largest) == int(rows[-1]["active_components"])
+    gates = [float(row["mean_gate"]) for row in rows if row["mean_gate"]]
+    assert rows[-1]["mean_gate"] == ""  # settled
+    assert 0.0 < min(gates) < gates[0] < 1.0
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from autolora.files import replacing
@@ -23,8 +23,10 @@ COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7f7f7f", "#5e3c99", "#b2182b",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
-_INCHES_A_LETTER = 0.075
+_INCHES_A_LETTER = 0.066
 """In a legend, at 8 points."""
+_INCHES_A_LINE = 0.17
+"""There too."""
 _LETTERS = 34
 """Of a line of a name; longer ones are broken."""
 _SMALLEST = 0.75
@@ -165,11 +167,16 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def legend(drawn: Any, styles: Mapping[str, Mapping[str, Any]], *, linestyle: Literal["-", "none"] = "none") -> None:
-    """One legend under all panels, of marks or of lines."""
+def legend(drawn: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """One legend under all panels: of marks, or of lines where a style has one."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle=linestyle, label=broken(label), **style) for label, style in styles.items()]
+    handles = [Line2D([], [], label=broken(label), **{"linestyle": "none", **style}) for label, style in styles.items()]
     widest = 0.35 + _INCHES_A_LETTER * min(_LETTERS, max(map(len, styles), default=0))
-    columns = min(4, len(handles), int(drawn.get_size_inches()[0] / widest))
-    drawn.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), fontsize=8)
+    width, height = drawn.get_size_inches()
+    columns = max(1, min(4, len(handles), int(width / widest)))
+    lines = [1 + broken(label).count("\n") for label in styles]
+    rows = max(1, math.ceil(len(lines) / columns))
+    most = max((sum(lines[i : i + rows]) for i in range(0, len(lines), rows)), default=0)
+    drawn.set_size_inches(width, height + _INCHES_A_LINE * max(0, most - 2))  # a grid has room for two
+    drawn.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8)

@@ -74,33 +74,33 @@ def score_against(
 
 
 def budget_curves(variants: Sequence[Variant]) -> Figure | None:
-    """Score against the budget, a line for each strategy that was run at several; ``None`` if none was."""
-    by_strategy: dict[str, list[Variant]] = {}
-    for variant in variants:
-        if all(run.result.params.budget for run in variant.all_runs()):
-            by_strategy.setdefault(variant.strategy, []).append(variant)
-    several = {strategy: group for strategy, group in by_strategy.items() if len(_budgets(group)) > 1}
-    if not several:
+    """Score against the budget, a line for what was run at several on one task; ``None`` if nothing was."""
+    lines: dict[str, dict[str, list[Point]]] = {}
+    for family in dict.fromkeys(variant.family for variant in variants):
+        group = [variant for variant in variants if variant.family == family]
+        for task in task_runs(group):
+            budgeted = [
+                one for one in group if all(run.result.params.budget for run in one.runs.get(task, {}).values())
+            ]
+            found = points(budgeted, task, lambda run: float(run.result.params.budget or 0))
+            if len({point.cost for point in found}) > 1:
+                lines.setdefault(family, {})[task] = sorted(found, key=lambda point: point.cost)
+    tasks = {task: run for task, run in task_runs(variants).items() if any(task in line for line in lines.values())}
+    if not tasks:
         return None
-    tasks = task_runs([variant for group in several.values() for variant in group])
     drawn, axes = grid(len(tasks))
-    styles = looks(list(several))
+    styles = looks(list(lines))
     figure = Figure("budget_curves", "Score against the budget. Bars: one standard deviation over seeds.", drawn)
     for ax, (task, some) in zip(axes, tasks.items(), strict=True):
-        costs = []
-        for strategy, group in several.items():
-            found = sorted(points(group, task, lambda run: float(run.result.params.budget or 0)), key=lambda p: p.cost)
-            ax.plot([p.cost for p in found], [p.score for p in found], color=styles[strategy]["color"], linewidth=1)
+        here = {family: line[task] for family, line in lines.items() if task in line}
+        for family, found in here.items():
+            ax.plot([p.cost for p in found], [p.score for p in found], color=styles[family]["color"], linewidth=1)
             for point in found:
-                _mark(figure, ax, point, styles[strategy], "parameters of the budget")
-            costs += [p.cost for p in found]
+                _mark(figure, ax, point, styles[family], "parameters of the budget")
+        costs = [point.cost for found in here.values() for point in found]
         dress(ax, task, some, "parameters of the budget", costs, log_score=some.lower_is_better)
     legend(drawn, styles)
     return figure
-
-
-def _budgets(group: Sequence[Variant]) -> set[int | None]:
-    return {run.result.params.budget for variant in group for run in variant.all_runs()}
 
 
 def panel(variants: Sequence[Variant]) -> Figure:

@@ -12,16 +12,20 @@ from autolora.results import RunDirectory
 from autolora.roles import role_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
-_MOST = 12
+_MOST = 24
+_GATE = "mean gate"
+_GATE_LINE: dict[str, Any] = {"color": "#888888", "linestyle": "--"}
 
 
 def over_training(variants: Sequence[Variant]) -> Figure | None:
     """Open gates by role over training, a panel for each strategy that changes them.
 
     One run of each: the first task and seed. A line is the mean number of active components of the modules of a role,
-    which is their rank at that step.
+    which is their rank at that step; the broken line, with the axis on the right, is the mean of the gates themselves
+    while they learn.
     """
     tasks = list(task_runs(variants))
     histories = {}
@@ -30,17 +34,21 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
         table = read_history(run) if run else None
         if run is not None and table is not None and _changes(table):
             histories[variant.label] = (run, table)
+    left_out = len(histories) - _MOST
     histories = dict(list(histories.items())[:_MOST])
     if not histories:
         return None
-    drawn, axes = grid(len(histories), width=3.2, height=2.4)
+    drawn, axes = grid(len(histories), width=3.4, height=2.4)
     figure = Figure(
         "over_training",
-        "Active components (open gates) of a module over training, mean by role; one run for each strategy.",
+        "Active components (open gates) of a module over training, mean by role, and the mean of all gates while they "
+        "learn: probabilities of selectors, sizes of others. One run for each strategy."
+        + (f" {left_out} more strategies are not shown." if left_out > 0 else ""),
         drawn,
     )
     roles = sorted({role for _, table in histories.values() for role in _by_role(table)})
     styles = looks(roles)
+    learned = False
     for ax, (label, (run, table)) in zip(axes, histories.items(), strict=True):
         for role, values in _by_role(table).items():
             (line,) = ax.plot(table["step"], values, color=styles[role]["color"], linewidth=1.4)
@@ -49,8 +57,25 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
             )
         ax.set_title(broken(f"{label} ({run.task}, seed {run.result.seed})"), fontsize=8)
         ax.set(xlabel="step", ylabel="components per module")
-    legend(drawn, {role: {"color": styles[role]["color"]} for role in roles}, linestyle="-")
+        learned |= _draw_gates(figure, ax, label, table)
+    shown: dict[str, dict[str, Any]] = {role: {"color": styles[role]["color"], "linestyle": "-"} for role in roles}
+    legend(drawn, shown | ({_GATE: _GATE_LINE} if learned else {}))
     return figure
+
+
+def _draw_gates(figure: Figure, ax: Axes, label: str, table: DataFrame) -> bool:
+    """The mean gate on an axis of its own, where it was written down."""
+    if "mean_gate" not in table or table["mean_gate"].isna().all():
+        return False
+    gates = table[["step", "mean_gate"]].dropna()
+    right = ax.twinx()
+    (line,) = right.plot(gates["step"], gates["mean_gate"], linewidth=1, **_GATE_LINE)
+    figure.tip(line, f"{label}: {_GATE} {gates['mean_gate'].iloc[0]:.3g} at first, {gates['mean_gate'].iloc[-1]:.3g}")
+    right.set_ylim(bottom=0)
+    right.set_ylabel(_GATE)
+    right.spines["right"].set_visible(True)
+    right.grid(visible=False)
+    return True
 
 
 def read_history(run: Run) -> DataFrame | None:

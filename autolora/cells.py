@@ -1,0 +1,64 @@
+"""What is known of the cells of a sweep: files in ``RUN_ROOT/sweeps/NAME-DIGEST/cells``, one for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from autolora.errors import DataError
+from autolora.files import read_json
+
+FOLDER = "cells"
+
+
+class Cell(BaseModel):
+    """What is known of one cell: the content of ``cells/NUMBER.json``.
+
+    ``began`` is in seconds since 1970; ``trained`` says that the run was not complete already; ``error`` is a message
+    that tells the user what to do, or a traceback; ``code`` what the sweep exits with because of it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: int
+    overrides: tuple[str, ...]
+    status: Literal["running", "complete", "failed", "interrupted"] = "running"
+    began: float
+    process: tuple[str, int]
+    run: Path | None = None
+    trained: bool = False
+    error: str | None = None
+    code: int = 0
+
+    @property
+    def name(self) -> str:
+        """The cell as it could be typed."""
+        return " ".join(override.removeprefix("++") for override in self.overrides) or "(no overrides)"
+
+    @property
+    def last_words(self) -> list[str]:
+        """The end of its error: of a traceback what was raised, and what was noted on it."""
+        lines = (self.error or "").splitlines()
+        raised = [i for i, line in enumerate(lines) if line and not line.startswith((" ", "Traceback"))]
+        return lines[next((i for i in raised if i), 0) :] if lines and lines[0].startswith("Traceback") else lines
+
+
+def cell_file(sweep: Path, number: int) -> Path:
+    """Where a cell of the sweep in a folder is written down."""
+    return sweep / FOLDER / f"{number:05d}.json"
+
+
+def read_cell(sweep: Path, number: int) -> Cell | None:
+    """What is known of a cell; a damaged file says nothing."""
+    try:
+        return Cell.model_validate(read_json(cell_file(sweep, number), ""))
+    except (DataError, ValidationError):
+        return None
+
+
+def read_cells(sweep: Path) -> list[Cell]:
+    """The cells that have begun, now or when the command was given before."""
+    numbers = sorted(int(file.stem) for file in (sweep / FOLDER).glob("[0-9]*.json"))
+    return [cell for cell in (read_cell(sweep, number) for number in numbers) if cell is not None]
