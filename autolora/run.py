@@ -147,7 +147,7 @@ def begin(run: Run) -> Checkpoint | None:
         assert run.selection is not None
         run.clock.go_on(run.selection.seconds)
     elif directory.config.exists() and not run.cfg.force:
-        say(f"an earlier attempt left no checkpoint that can be read; starting again in {directory.path}")
+        say(f"an earlier attempt left no checkpoint to go on from; starting again in {directory.path}")
     directory.start(run.cfg)
     return checkpoint
 

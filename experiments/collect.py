@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
+from autolora.errors import DataError
 from autolora.reporting.runs import load_runs
 from autolora.reporting.tables import row_of, write_results
 
@@ -25,11 +27,16 @@ from autolora.reporting.tables import row_of, write_results
 def main(root: Path, out: Path, wanted: dict[str, list[str]]) -> None:
     rows: dict[object, dict[str, object]] = {row["config_hash"]: dict(row) for row in read(out)}
     every = [(row_of(run), run.path) for run in load_runs([root]).runs]
+    unknown = wanted.keys() - every[0][0].keys()
+    if unknown:
+        raise DataError(f"{', '.join(sorted(unknown))}: expected columns of a result ({', '.join(every[0][0])})")
     found = [
         row | losses(path)
         for row, path in every
         if all(str(row[column]) in values for column, values in wanted.items())
     ]
+    if not found:
+        raise DataError(f"{root}: none of its {len(every)} complete runs has {wanted}")
     rows |= {row["config_hash"]: row for row in found}
     columns = list(found[0])
     ordered = sorted(rows.values(), key=lambda row: [str(row[key]) for key in ("task", "strategy", "budget", "seed")])
@@ -67,4 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("wanted", nargs="*", metavar="column=value,...", help="rows with one of these values only")
     arguments = parser.parse_args()
     pairs = (each.partition("=") for each in arguments.wanted)
-    main(arguments.run_root, arguments.rows, {column: values.split(",") for column, _, values in pairs})
+    try:
+        main(arguments.run_root, arguments.rows, {column: values.split(",") for column, _, values in pairs})
+    except DataError as error:
+        sys.exit(f"error: {error}")

@@ -468,7 +468,7 @@ def test_without_a_readable_checkpoint_it_starts_again(
     capsys.readouterr()
     assert run_one(cfg).seconds.earlier == 0
     assert (
-        f"an earlier attempt left no checkpoint that can be read; starting again in {files.path}"
+        f"an earlier attempt left no checkpoint to go on from; starting again in {files.path}"
         in capsys.readouterr().out
     )
 
