@@ -56,7 +56,7 @@ def wandb_mode(mode: str) -> str:
         return asked
     import wandb
 
-    if wandb.api.api_key:
+    if wandb.login(prompt=False, verify=False):  # whether there are credentials; nothing is sent
         return "online"
     warnings.warn(
         "logger.mode=online: not logged in to W&B, so this run is kept offline; `wandb login` first", stacklevel=2
