@@ -303,11 +303,7 @@ def sentence(comparison: Comparison) -> str:
     shown = f"{_number(one.mean, unit)} [{_number(one.low, unit)}, {_number(one.high, unit)}]"
     bound = one.smallest_p
     if bound is not None and bound > ALPHA:
-        among = f" and {one.among} comparisons" if one.among > 1 else ""
-        found = (
-            f"{shown} apart{over}{at}, which shows nothing: with {len(one.tasks)} tasks{among} no p below "
-            f"{_p(bound)} can be reached"
-        )
+        found = f"{shown} apart{over}, too few for a finding (no p below {_p(bound)} can be reached){at}"
     else:
         found = f"no difference was found{over} ({shown}, p = {_p(one.adjusted)}){at}; {_limit(one, unit)}"
     return f"{a} and {b}: {found}{_single_tasks(one)}{_one_seed(one)}."
@@ -337,7 +333,9 @@ def _single_tasks(one: Comparison) -> str:
         for side, sign in (("ahead", 1), ("behind", -1))
     }
     found = [f"{side} on {some_of(tasks)}" for side, tasks in sides.items() if tasks]
-    return f"; on single tasks {one.variant.label} is {' and '.join(found) or 'neither ahead nor behind'}"
+    if not found:
+        return "; no difference was found on a single task either" if not one.significant else ""
+    return f"; on single tasks {one.variant.label} is {' and '.join(found)}"
 
 
 def _limit(one: Comparison, unit: float) -> str:

@@ -411,6 +411,9 @@ def circumstances_apart(variants: Sequence[Variant]) -> list[str]:
         pairs = dict.fromkeys((value(run.result), one.label) for one in variants for run in one.all_runs())
         if len({found for found, _ in pairs}) > 1:
             lines.append(f"{what}: {_by_value(pairs)}")
+    commits = {str(run.result.git.commit)[:10] for one in variants for run in one.all_runs()}
+    if len(commits) > 1:
+        lines.append(f"commit: {some_of(sorted(commits))}")  # a long study goes through several, whatever the strategy
     return lines
 
 
@@ -418,7 +421,6 @@ _CIRCUMSTANCES: dict[str, Callable[[RunResult], str]] = {
     "precision": lambda result: str(result.hardware.get("precision")),
     "device": lambda result: str(result.hardware.get("gpu") or result.hardware.get("cpu")),
     "torch": lambda result: str(result.versions.get("torch")),
-    "commit": lambda result: str(result.git.commit)[:10],
 }
 
 

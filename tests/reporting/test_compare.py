@@ -111,8 +111,8 @@ def test_too_few_tasks_are_said_with_the_smallest_p(tmp_path: Path) -> None:
     assert (one.p, one.smallest_p, one.significant) == (0.25, 0.25, False)
     assert all(task.significant for task in one.tasks)
     assert re.fullmatch(
-        r"autolora and uniform: 30\.0 \[\d+\.\d, \d+\.\d\] apart on average over 3 tasks, which shows nothing: with "
-        r"3 tasks no p below 0\.25 can be reached; on single tasks autolora is ahead on (\w+, ){2}\w+ \(one seed: "
+        r"autolora and uniform: 30\.0 \[\d+\.\d, \d+\.\d\] apart on average over 3 tasks, too few for a "
+        r"finding \(no p below 0\.25 can be reached\); on single tasks autolora is ahead on (\w+, ){2}\w+ \(one seed: "
         r"of these trainings only\)\.",
         sentence(one),
     )
@@ -287,7 +287,7 @@ def test_arithmetic_machine_and_code_that_differ_are_said(tmp_path: Path) -> Non
     apart = circumstances_apart(those(tmp_path))
     assert [line.split(":")[0] for line in apart] == ["precision", "device", "torch", "commit"]
     assert "32-true (autolora)" in apart[0]
-    assert apart[3] == "commit: None (autolora, uniform), bbbbbbbbbb (uniform)"
+    assert apart[3] == "commit: None, bbbbbbbbbb"
 
 
 def test_settings_that_are_not_equal_are_said(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_what_can_be_shown_counts_the_comparisons(tmp_path: Path) -> None:
             write_run(tmp_path, task=task, strategy=strategy, accuracy=0.9)
     one = comparisons(tmp_path)["autolora"]
     assert (one.p, one.adjusted, one.smallest_p) == (2 / 2**6, 6 * 2 / 2**6, 6 * 2 / 2**6)
-    assert "with 6 tasks and 6 comparisons no p below 0.19 can be reached" in sentence(one)
+    assert "over 6 tasks, too few for a finding (no p below 0.19 can be reached)" in sentence(one)
     (task, *_) = one.tasks
     assert task.detectable == task.difference.detectable(0.05 / 6) > task.difference.detectable(0.05)
 
