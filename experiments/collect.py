@@ -4,7 +4,7 @@ Rows of the same configuration are replaced, so that a study can be continued wh
 Studies that share cells share a folder, and say which of its runs are theirs: ``strategy=uniform``,
 ``budget_rank=None,0.5,2.0``.
 
-Two columns are not in a run's result: ``last_epoch_loss``, the mean of the training losses that history.csv has of the
+Two columns are not in a run's result: ``last_epoch_loss``, the mean of the training losses that the history has of the
 last epoch, and ``dev_log_loss``, the mean cross-entropy of the predictions of a classifier, in nats. Runs of one seed
 see the same batches and rows, so both are closely paired.
 """
@@ -45,7 +45,8 @@ def main(root: Path, out: Path, wanted: dict[str, list[str]]) -> None:
 
 
 def losses(run: Path) -> dict[str, object]:
-    steps = [(int(row["epoch"]), float(row["loss"])) for row in read(run / "history.csv") if row["loss"]]
+    history = read(run / "retrain_history.csv") or read(run / "history.csv")  # of the training that the score is of
+    steps = [(int(row["epoch"]), float(row["loss"])) for row in history if row["loss"]]
     rows = [row for row in read(run / "predictions.csv") if row["split"] == "dev"]
     columns = [name for name in (rows[0] if rows else ()) if name.startswith("logit_")]
     log_loss = None
