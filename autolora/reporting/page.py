@@ -33,7 +33,7 @@ def render(
         title=title,
         about=about,
         arenas=arenas,
-        runs=[list(_SHOWN), *({"run": row["run"], "cells": [_cell(row[key]) for key in _SHOWN]} for row in rows)],
+        runs=[list(_SHOWN), *([_cell(row[key]) for key in _SHOWN] for row in rows)],
         skipped=skipped,
         flagged=flagged,
         configurations=_json(configurations(runs)),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from autolora.cells import FOLDER, read_cells
+from autolora.cells import FOLDER, Cell, read_cells
 from autolora.errors import DataError
 from autolora.reporting.statistics import METRICS, Array, Scored
 from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
@@ -96,7 +96,13 @@ def load_runs(roots: Sequence[Path]) -> Found:
         DataError: if a folder is not there, or there is not one complete run in any of them.
     """
     found = Found()
-    for directory in dict.fromkeys(directory for root in roots for directory in _directories(root)):
+    directories: list[Path] = []
+    for root in roots:
+        cells = read_cells(root)
+        directories += _runs_of(root, cells) if (root / FOLDER).is_dir() else _directories(root)
+        missing = (cell for cell in cells if cell.status != "complete")
+        found.skipped += [(cell.name, " ".join([cell.status, *cell.last_words])) for cell in missing]
+    for directory in dict.fromkeys(directories):
         try:
             result = read_result(directory)
             if result.status != "complete":
@@ -114,12 +120,6 @@ def load_runs(roots: Sequence[Path]) -> Found:
         raise DataError(
             f"{where}: expected run directories with a complete result.json, found none{reasons or _hint(roots)}"
         )
-    found.skipped += [
-        (cell.name, " ".join([cell.status, *cell.last_words]))
-        for root in roots
-        for cell in read_cells(root)
-        if cell.status != "complete"
-    ]
     _keep_one_of_each(found)
     found.flagged += [
         f"{run.path} has no {run.result.metrics.primary} (undefined or NaN): it is in no mean and no comparison"
@@ -155,15 +155,16 @@ def _tell_data_apart(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
+def _runs_of(sweep: Path, cells: Sequence[Cell]) -> Iterator[Path]:
+    """Folders of complete cells; a run root that was moved has its runs beside the folder of sweeps."""
+    for run in (cell.run for cell in cells if cell.status == "complete" and cell.run is not None):
+        yield run if run.is_dir() else sweep.parent.parent / run.name
+
+
 def _directories(root: Path) -> Iterator[Path]:
-    """Folders under ``root`` that a run has begun in; for the folder of a sweep those of its complete cells."""
+    """Folders under ``root`` that a run has begun in."""
     if not root.is_dir():
         raise DataError(f"runs={root}: there is no such folder (relative to {Path.cwd()})")
-    if (root / FOLDER).is_dir():
-        runs = (cell.run for cell in read_cells(root) if cell.status == "complete" and cell.run is not None)
-        # A run root that was moved has its runs beside the folder of sweeps.
-        yield from (run if run.is_dir() else root.parent.parent / run.name for run in runs)
-        return
     if (root / "config.yaml").is_file() or (root / "result.json").is_file():
         yield root
         return
@@ -317,10 +318,10 @@ def _labels(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -> 
     for group in groups:
         run, budget = group[0], _budget(group[0])
         keys = sorted(key for key in varied[run.result.strategy] if not key.startswith("budget."))
-        said = [f"{_short_key(key, keys)}={_short(run.config.get(key))}" for key in keys]
+        said = _settings_of(run, keys)
         if len(budgets[run.result.strategy]) > 1 or (several and budget is not None):
             said.insert(0, budget or "no budget")
-        label = f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy
+        label = _named(run, said)
         labels.append(label if label not in labels else f"{label} #{labels.count(label) + 1}")
     return labels
 
@@ -337,12 +338,16 @@ def _families(groups: Sequence[Sequence[Run]], varied: Mapping[str, set[str]]) -
             if not key.startswith("budget.")
             and len({(_budget(run), _short(run.config.get(key))) for run in those}) > len(budgets)
         ]
-    families = []
-    for run in (group[0] for group in groups):
-        apart = free[run.result.strategy]
-        said = ", ".join(f"{_short_key(key, apart)}={_short(run.config.get(key))}" for key in apart)
-        families.append(f"{run.result.strategy} ({said})" if said else run.result.strategy)
-    return families
+    return [_named(group[0], _settings_of(group[0], free[group[0].result.strategy])) for group in groups]
+
+
+def _settings_of(run: Run, keys: Sequence[str]) -> list[str]:
+    return [f"{_short_key(key, keys)}={_short(run.config.get(key))}" for key in keys]
+
+
+def _named(run: Run, said: Sequence[str]) -> str:
+    """The strategy, and what is said of it."""
+    return f"{run.result.strategy} ({', '.join(said)})" if said else run.result.strategy
 
 
 def _budget(run: Run) -> str | None:
