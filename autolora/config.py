@@ -251,9 +251,15 @@ class StrategyConfig(BaseModel):
 
 
 class BudgetConfig(Section):
-    """How many adapter parameters the final plan may have; see :class:`autolora.plan.Budget`."""
+    """How much the final plan may cost; see :class:`autolora.plan.Budget`.
+
+    ``cost``: what is counted. Operations and time are those of the adapters in the forward pass of an evaluation over
+    so many held-out ``rows`` (:mod:`autolora.adapters.prices`).
+    """
 
     enabled: bool = True
+    cost: Literal["parameters", "flops", "latency"] = "parameters"
+    rows: Count = 32
     rank: NonNegative | None = None
     params: Whole | None = None
     fraction: Share | None = None
@@ -275,6 +281,14 @@ class BudgetConfig(Section):
                 f"{written}: there is no budget here (budget=none, or a strategy that has none, as published): leave "
                 f"{' and '.join(given)} out",
             )
+        if self.params is not None and self.cost != "parameters":
+            message = (
+                f"budget.params={self.params}: a number of parameters is no bound on {self.cost}: use budget.rank or "
+                "budget.fraction with budget.cost"
+            )
+            yield Conflict(("budget.params", "budget.cost"), message)
+        if self.cost != "parameters" and not self.enabled:
+            yield Conflict(("budget.enabled", "budget.cost"), f"budget.cost={self.cost}: there is no budget to count")
 
 
 class GroupOptim(Section):
@@ -401,6 +415,7 @@ class RunConfig(Section):
 
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     max_rank: Count = 16
+    rank_multiple: Count = 1
     run_root: PathLike = Path("runs")
     force: bool = False
     retrain: Literal["none", "found", "permuted", "uniform"] = "none"
@@ -439,6 +454,8 @@ class RunConfig(Section):
         if planted and self.backbone.name != "none":
             message = f"backbone={self.backbone.name}: task=planted brings its own model: leave the backbone out"
             yield Conflict(("task.name", "backbone.name"), message)
+        if self.rank_multiple > 1:
+            yield from self._multiples()
         if self.retrain_on == "all":
             yield from self._without_heldout()
         if self.run_root.exists() and not self.run_root.is_dir():
@@ -447,6 +464,15 @@ class RunConfig(Section):
             yield Conflict(("logger.name",), "logger=wandb: wandb is not installed: pip install wandb, or logger=csv")
         if not planted and self.backbone.name == "none":
             yield Conflict(("task.name", "backbone.name"), f"backbone=none: task={self.task.name} needs a model")
+
+    def _multiples(self) -> Iterator[Conflict]:
+        """Multiples are what a budget buys, so there has to be one, and room for them."""
+        if self.max_rank % self.rank_multiple:
+            message = f"rank_multiple={self.rank_multiple}: expected max_rank to be a multiple too, got {self.max_rank}"
+            yield Conflict(("rank_multiple", "max_rank"), message)
+        if not self.budget.enabled:
+            message = f"rank_multiple={self.rank_multiple}: expected a budget, which is spent in multiples"
+            yield Conflict(("rank_multiple", "budget.enabled"), message)
 
     def _without_heldout(self) -> Iterator[Conflict]:
         """Who trains on the held-out rows has none left to choose by."""

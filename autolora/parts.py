@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import GlueTaskConfig, PlantedConfig, RunConfig
+from autolora.errors import PlanError
 from autolora.plan import Budget
 
 if TYPE_CHECKING:
@@ -125,14 +126,19 @@ def make_budget(cfg: RunConfig, problem: Problem) -> Budget:
     """What the configuration says, or the problem's own default."""
     given = cfg.budget.given()
     budget = Budget(**given) if given else problem.default_budget  # type: ignore[arg-type]
+    if budget.params is not None and cfg.budget.cost != "parameters":
+        raise PlanError(
+            f"budget.cost={cfg.budget.cost}: task={problem.name} has a number of parameters as its default budget: "
+            "say how much with budget.rank or budget.fraction"
+        )
     return budget if cfg.budget.enabled else Budget()
 
 
-def adapter_settings(cfg: RunConfig) -> AdapterSettings:
-    """What is the same for every strategy."""
+def adapter_settings(cfg: RunConfig, prices: Mapping[str, Sequence[int]] | None = None) -> AdapterSettings:
+    """What is the same for every strategy; ``prices`` are those of :func:`make_prices`."""
     from autolora.adapters import AdapterSettings, Targets
 
-    adapter = cfg.adapter
+    adapter, prices = cfg.adapter, prices or {}
     return AdapterSettings(
         targets=Targets(adapter.targets, adapter.exclude, adapter.layers_to_transform, adapter.layers_pattern),
         scale=adapter.effective_scale(),
@@ -144,8 +150,38 @@ def adapter_settings(cfg: RunConfig) -> AdapterSettings:
         rank_pattern=adapter.rank_pattern,
         modules_to_save=adapter.modules_to_save,
         bias=adapter.bias,
+        rank_multiple=cfg.rank_multiple,
+        prices={name: tuple(table) for name, table in prices.items()},
+        unit={"flops": "FLOPs", "latency": "ns"}.get(cfg.budget.cost, "parameters"),
         seed=seed_for(cfg.seed, "adapters"),
     )
+
+
+def make_prices(cfg: RunConfig, problem: Problem) -> dict[str, tuple[int, ...]]:
+    """What the ranks of every module cost, in operations or measured time; empty where parameters are counted.
+
+    Raises:
+        TargetError: if a module is not called in a forward pass.
+    """
+    import torch
+
+    from autolora.adapters import find_sites, largest_plan
+    from autolora.adapters.prices import calls_of, flops, latency
+    from autolora.paths import cache_root
+    from autolora.training.problem import evaluate, read
+
+    if cfg.budget.cost == "parameters":
+        return {}
+    settings, model = adapter_settings(cfg), problem.model
+    largest = largest_plan(find_sites(model, settings), settings, cfg.max_rank)
+    rows = list(read(problem, model, "heldout", cfg.budget.rows))
+    calls = calls_of(model, largest, lambda: evaluate(problem, model, "heldout", rows))
+    if cfg.budget.cost == "flops":
+        return flops(largest, calls)
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    say(f"latency of adapters on {device.type}, {len(calls)} modules, {cfg.budget.rows} held-out rows")
+    return latency(model, largest, calls, device, cache_root() / "latency")
 
 
 def optimization(cfg: RunConfig) -> dict[str, Any]:

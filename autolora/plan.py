@@ -1,7 +1,8 @@
-"""Rank plans and the parameter budget that every strategy honours. No torch.
+"""Rank plans and the budget that every strategy honours. No torch.
 
-A *component* is one rank-1 term of an adapter. In a module with ``in`` inputs and ``out`` outputs it costs
-``in + out`` parameters (a row of A and a column of B), so plans are compared in parameters, never in components.
+A *component* is one rank-1 term of an adapter. In a module with ``in`` inputs and ``out`` outputs it has
+``in + out`` parameters (a row of A and a column of B), so plans are compared in parameters, never in components; or in
+what a table says that each rank of a module costs: floating-point operations, or measured time.
 """
 
 from __future__ import annotations
@@ -16,15 +17,43 @@ from autolora.errors import PlanError
 
 @dataclass(frozen=True)
 class Site:
-    """A linear-like module that an adapter can sit on."""
+    """A linear-like module that an adapter can sit on, and what its ranks cost.
+
+    Args:
+        in_features, out_features: of the module.
+        multiple: ranks that are bought are multiples of this.
+        prices: of rank 0, 1, 2, ..., from 0 upwards; without them, parameters.
+        unit: what prices count.
+    """
 
     in_features: int
     out_features: int
+    multiple: int = 1
+    prices: tuple[int, ...] | None = None
+    unit: str = "parameters"
+
+    def price(self, rank: int) -> int:
+        """What a rank costs of the budget: ``rank * (in + out)`` parameters, or what the table says.
+
+        Above its end a table goes on as steeply as it ends.
+        """
+        if self.prices is None:
+            return rank * (self.in_features + self.out_features)
+        last = len(self.prices) - 1
+        if rank <= last:
+            return self.prices[rank]
+        return self.prices[last] + (rank - last) * (self.prices[last] - self.prices[max(0, last - 1)])
 
     @property
-    def cost(self) -> int:
-        """Parameters of one component: ``in + out``."""
+    def cost(self) -> float:
+        """What one component costs of the budget: ``in + out`` parameters, or the mean over the table."""
+        if self.prices is not None:
+            return self.prices[-1] / max(1, len(self.prices) - 1)
         return self.in_features + self.out_features
+
+    def step_price(self, rank: int) -> int:
+        """What the next ``multiple`` components cost a module that has this rank."""
+        return self.price(rank + self.multiple) - self.price(rank)
 
     @property
     def full_rank(self) -> int:
@@ -84,7 +113,19 @@ class RankPlan(Mapping[str, int]):
     @property
     def params(self) -> int:
         """Adapter parameters: the sum of ``rank * (in + out)``."""
-        return sum(rank * self.sites[name].cost for name, rank in self._ranks.items())
+        return sum(
+            rank * (self.sites[name].in_features + self.sites[name].out_features) for name, rank in self._ranks.items()
+        )
+
+    @property
+    def cost(self) -> int:
+        """What the plan costs of the budget: parameters, or what the tables of its sites say."""
+        return sum(self.sites[name].price(rank) for name, rank in self._ranks.items())
+
+    @property
+    def unit(self) -> str:
+        """What :attr:`cost` counts."""
+        return next((site.unit for site in self.sites.values()), "parameters")
 
     @property
     def components(self) -> int:
@@ -94,13 +135,13 @@ class RankPlan(Mapping[str, int]):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many adapter parameters a plan may have; at most one of the three is given.
+    """How much a plan may cost; at most one of the first three is given.
 
     Args:
-        rank: as many parameters as uniform rank ``rank`` on the same modules, each clipped to its ``min(in, out)``;
+        rank: as much as uniform rank ``rank`` costs on the same modules, each clipped to its ``min(in, out)``;
             fractions are allowed.
         params: a number of parameters.
-        fraction: a share of the parameters of the largest plan, 0 to 1.
+        fraction: a share of the cost of the largest plan, 0 to 1.
 
     Nothing given means no budget.
 
@@ -123,46 +164,68 @@ class Budget:
             raise PlanError(f"budget.fraction: expected 0 to 1, got {self.fraction}")
 
     def resolve(self, largest: RankPlan) -> int | None:
-        """The budget in parameters, rounded down, or ``None`` without one.
+        """The budget in the unit of the plan's sites, rounded down, or ``None`` without one.
 
         Args:
             largest: the plan with the maximum rank of every module. A budget above its cost is clamped, with a warning.
         """
         if self.rank is not None:
-            uniform = sum(min(self.rank, site.full_rank) * site.cost for site in largest.sites.values())
-            wanted = _floor(uniform)
+            wanted = _floor(sum(_uniform_price(self.rank, site) for site in largest.sites.values()))
         elif self.params is not None:
             wanted = _floor(self.params)
         elif self.fraction is not None:
-            wanted = _floor(self.fraction * largest.params)
+            wanted = _floor(self.fraction * largest.cost)
         else:
             return None
-        if wanted > largest.params:
+        if wanted > largest.cost:
             warnings.warn(
-                f"the budget of {wanted:,} parameters is above the {largest.params:,} of the largest plan and is "
+                f"the budget of {wanted:,} {largest.unit} is above the {largest.cost:,} of the largest plan and is "
                 "clamped to it; raise max_rank to spend more",
                 stacklevel=2,
             )
-        return min(wanted, largest.params)
+        return min(wanted, largest.cost)
 
 
-def spend(order: Iterable[str], largest: RankPlan, budget: int | None) -> RankPlan:
+def _uniform_price(rank: float, site: Site) -> float:
+    """The price of a rank that need not be whole, up to the module's highest."""
+    rank = min(rank, site.full_rank)
+    below = int(rank)
+    return site.price(below) + (rank - below) * (site.price(below + 1) - site.price(below))
+
+
+def spend(
+    order: Iterable[str],
+    largest: RankPlan,
+    budget: int | None,
+    start: RankPlan | None = None,
+    pass_over: bool = True,
+) -> RankPlan:
     """Buy components in the given order while they fit.
 
     Args:
-        order: module names of ``largest``, one entry for each component on offer, most wanted first. A component that
-            does not fit in what is left is passed over, so that the slack at the end is below the cost of every
-            component left on offer.
+        order: module names of ``largest``, one entry for each component on offer, most wanted first. Where the ranks of
+            a module come in multiples, the entry in the middle of a multiple buys the whole of it.
         largest: no module gets more than its rank here.
-        budget: parameters that may be spent; ``None`` buys everything on offer.
+        budget: what the plan may cost in all; ``None`` buys everything on offer.
+        start: what is there already; nothing by default.
+        pass_over: whether a component that does not fit in what is left is passed over, so that the slack at the end is
+            below the cost of every component left on offer; if not, it is the end.
     """
-    left = math.inf if budget is None else budget
-    ranks = dict.fromkeys(largest, 0)
+    ranks = dict.fromkeys(largest, 0) if start is None else dict(start)
+    left = math.inf if budget is None else budget - (start.cost if start is not None else 0)
+    seen = dict.fromkeys(largest, 0)
     for name in order:
-        cost = largest.sites[name].cost
-        if ranks[name] < largest[name] and cost <= left:
-            ranks[name] += 1
-            left -= cost
+        site = largest.sites[name]
+        middle = seen[name] % site.multiple == site.multiple // 2
+        seen[name] += 1
+        if not middle or ranks[name] + site.multiple > largest[name]:
+            continue
+        price = site.step_price(ranks[name])
+        if price <= left:
+            ranks[name] += site.multiple
+            left -= price
+        elif not pass_over:
+            break
     return RankPlan(largest.sites, ranks)
 
 

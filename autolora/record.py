@@ -22,6 +22,7 @@ from autolora.results import (
     Metrics,
     Params,
     Planted,
+    Price,
     RunDirectory,
     RunResult,
     Seconds,
@@ -264,6 +265,7 @@ def facts(run: Run) -> dict[str, Any]:
     gpu, gpu_peak = _gpu_use(run)
     adapters = getattr(run.strategy, "adapters", None)  # not before they are attached
     count = adapters.count() if adapters else dict.fromkeys(("adapter", "added", "own", "head", "gate", "total"), 0)
+    priced = _price(run) if adapters else None
     seconds = Seconds(**run.clock.so_far())
     compute = run.compute
     examples = run.examples + (run.selection.examples if run.selection else 0)
@@ -280,9 +282,10 @@ def facts(run: Run) -> dict[str, Any]:
             extra=count["added"] + count["own"],
             head=count["head"],
             peak_trainable=run.peak_trainable,
-            budget=run.strategy.allowance if run.strategy and adapters else None,
+            budget=run.strategy.allowance if run.strategy and adapters and not priced else None,
             backbone=count["total"] - count["adapter"] - count["added"] - count["gate"] - count["head"],
         ),
+        "price": priced,
         "adapter_bytes": sum(tensor.nbytes for tensor in adapters.kept()) if adapters else 0,
         "seconds": seconds,
         "examples_per_second": examples / max(seconds.fit + seconds.retrain, 1e-9),
@@ -296,6 +299,15 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": results.versions(),
         "hardware": results.hardware(gpu) | {"precision": run.precision, "threads": _threads()},
     }
+
+
+def _price(run: Run) -> Price | None:
+    """What the budget counted, if not parameters."""
+    assert run.strategy is not None
+    plan = run.strategy.adapters.active_plan()
+    if plan.unit == "parameters":
+        return None
+    return Price(unit=plan.unit, budget=run.strategy.allowance, plan=plan.cost)
 
 
 def _gpu_use(run: Run) -> tuple[str | None, int | None]:
@@ -317,9 +329,10 @@ def _threads() -> int:
 
 def budget_notes(plan: RankPlan, allowance: int | None) -> list[str]:
     """A note where the plan leaves more than 2 % of the budget unspent."""
-    if not allowance or plan.params >= 0.98 * allowance:
+    if not allowance or plan.cost >= 0.98 * allowance:
         return []
-    unspent, cheapest = allowance - plan.params, min(site.cost for site in plan.sites.values())
+    unspent = allowance - plan.cost
+    cheapest = min(site.step_price(0) for site in plan.sites.values())
     return [f"{unspent:,} of the budget of {allowance:,} are unspent; the cheapest component costs {cheapest:,}"]
 
 

@@ -42,7 +42,7 @@ NOT_IDENTITY = (
     "trainer.keep_checkpoints",
 )  # fmt: skip
 _GIT_SECONDS = 5.0
-_OPTIONAL = ("planted", "found", "error")
+_OPTIONAL = ("planted", "found", "price", "error")
 
 
 class _Record(BaseModel):
@@ -69,6 +69,14 @@ class Params(_Record):
     peak_trainable: int
     budget: int | None
     backbone: int
+
+
+class Price(_Record):
+    """What the budget counted, where that is not parameters: the unit, the budget, and what the final plan costs."""
+
+    unit: str
+    budget: int | None
+    plan: int
 
 
 class Seconds(_Record):
@@ -160,6 +168,7 @@ class RunResult(_Record):
     metrics: Metrics
     selection_metrics: dict[str, float | None] = Field(default_factory=dict)
     params: Params
+    price: Price | None = None
     adapter_bytes: int
     ranks: dict[str, int]
     seconds: Seconds
@@ -186,8 +195,14 @@ class RunResult(_Record):
         clean = {key: _finite(value, key, notes) for key, value in data.items()}
         return {**clean, "notes": (*clean.get("notes", ()), *notes)}
 
+    @property
+    def budget(self) -> tuple[str, int] | None:
+        """What the budget counted, and how much of it there was."""
+        unit, amount = (self.price.unit, self.price.budget) if self.price else ("parameters", self.params.budget)
+        return None if amount is None else (unit, amount)
+
     def to_json(self) -> str:
-        """Strict JSON; ``planted``, ``found`` and ``error`` only where there is such a thing."""
+        """Strict JSON; ``planted``, ``found``, ``price`` and ``error`` only where there is such a thing."""
         data = self.model_dump(mode="json", by_alias=True)
         return dump_json({key: value for key, value in data.items() if key not in _OPTIONAL or value is not None})
 
@@ -219,6 +234,11 @@ class RunDirectory:
     def ranks(self) -> Path:
         """The final rank of every module."""
         return self.path / "ranks.json"
+
+    @property
+    def prices(self) -> Path:
+        """What the ranks of every module cost, where the budget does not count parameters."""
+        return self.path / "prices.json"
 
     @property
     def history(self) -> Path:
@@ -276,8 +296,8 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Take away what an earlier run has left, its result first, so that the rest never looks complete."""
-        written = (self.result, self.ranks, self.predictions, self.selection, self.history, self.retrain_history)
-        for path in written:
+        written = (self.ranks, self.prices, self.predictions, self.selection, self.history, self.retrain_history)
+        for path in (self.result, *written):
             path.unlink(missing_ok=True)
         for folder in (self.adapter, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
@@ -296,6 +316,16 @@ class RunDirectory:
     def write_ranks(self, ranks: Mapping[str, int]) -> None:
         """Write ``ranks.json``."""
         write_json_atomic(self.ranks, dict(ranks))
+
+    def write_prices(self, prices: Mapping[str, Sequence[int]]) -> None:
+        """Write ``prices.json``: measured time has to be the same when a run is resumed."""
+        write_json_atomic(self.prices, {name: list(table) for name, table in prices.items()})
+
+    def read_prices(self) -> dict[str, tuple[int, ...]] | None:
+        """What :meth:`write_prices` wrote, or ``None``."""
+        if not self.prices.exists():
+            return None
+        return {name: tuple(table) for name, table in read_json(self.prices, "").items()}
 
     def write_predictions(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write ``predictions.csv``."""
@@ -325,8 +355,9 @@ class RunDirectory:
             other = RunDirectory(file.parent)
             selection = other.read_selection()
             if selection is not None and selection.search == search and other.history.exists():
-                with replacing(self.history) as copy:
-                    copy.write(other.history.read_text())
+                for ours, theirs in ((self.history, other.history), (self.prices, other.prices)):
+                    if theirs.exists():
+                        write_text_atomic(ours, theirs.read_text())
                 self.write_selection(selection.model_copy(update={"logger": None}))
                 return other.path
         return None

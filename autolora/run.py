@@ -12,6 +12,7 @@ from autolora.parts import (
     adapter_settings,
     is_main_process,
     make_control,
+    make_prices,
     make_problem,
     make_strategy,
     optimization,
@@ -165,7 +166,7 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     second = run.stage == "retrain"
     run.strategy = strategy
     with run.warnings_as_notes():
-        adapters = strategy.attach(problem.model, adapter_settings(cfg))
+        adapters = strategy.attach(problem.model, adapter_settings(cfg, prices_of(run)))
     check_budget(strategy)
     problem.model = adapters.model
     say(adapters.summary())
@@ -184,7 +185,8 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     )
     callbacks: list[pl.Callback] = [history, choice, saving]
     if settings.enable_progress_bar:
-        callbacks.append(ProgressBar(history, strategy.allowance, settings.log_every_n_steps))
+        counted = strategy.allowance if strategy.largest.unit == "parameters" else None
+        callbacks.append(ProgressBar(history, counted, settings.log_every_n_steps))
     trainer = make_trainer(settings.arguments(), root=directory.path, callbacks=callbacks, logger=logger)
     run.precision = str(trainer.precision)
     run.module = module = AdapterModule(problem, strategy, **optimization(cfg))
@@ -192,6 +194,16 @@ def train(run: Run, strategy: Strategy[Any], checkpoint: Checkpoint | None, logg
     run.signals.at_once()
     with run.clock.measure(run.stage):
         fit(trainer, module, problem, choice, run.checkpoints, checkpoint.path if checkpoint else None)
+
+
+def prices_of(run: Run) -> dict[str, tuple[int, ...]]:
+    """What ranks cost where the budget does not count parameters: as the run began with, or made now."""
+    prices = run.directory.read_prices()
+    if prices is None:
+        prices = make_prices(run.cfg, run.problem)
+        if prices:
+            run.directory.write_prices(prices)
+    return prices
 
 
 def check_budget(strategy: Strategy[Any]) -> None:
@@ -204,12 +216,14 @@ def check_budget(strategy: Strategy[Any]) -> None:
         check_plan(strategy, strategy.adapters.attached_plan())
     if not strategy.allowance:
         return
-    sites = strategy.largest.sites
-    cheapest = min(sites, key=lambda name: sites[name].cost)
-    if strategy.allowance < sites[cheapest].cost:
+    largest = strategy.largest
+    first = {name: largest.sites[name].step_price(0) for name, rank in largest.items() if rank}
+    cheapest = min(first, key=lambda name: first[name], default=None)
+    if cheapest is not None and strategy.allowance < first[cheapest]:
+        what = "a single component" if largest.sites[cheapest].multiple == 1 else "the first multiple of a module"
         raise PlanError(
-            f"the budget of {strategy.allowance:,} parameters does not pay for a single component: the cheapest, of "
-            f"{cheapest}, costs {sites[cheapest].cost:,}; raise it"
+            f"the budget of {strategy.allowance:,} {largest.unit} does not pay for {what}: the cheapest, of "
+            f"{cheapest}, costs {first[cheapest]:,}; raise it"
         )
 
 
@@ -232,10 +246,16 @@ def check_plan(strategy: Strategy[Any], plan: RankPlan) -> None:
             f"has rank {plan[different[0]]} in the plan, and {active[different[0]]} components are on: fix them in "
             "finalize()"
         )
-    if strategy.allowance is not None and plan.params > strategy.allowance:
+    if strategy.allowance is not None and plan.cost > strategy.allowance:
         raise PlanError(
-            f"{name}: its plan has {plan.params:,} parameters and the budget is {strategy.allowance:,}: it has to keep "
-            "to self.allowance (autolora.plan.spend does), whenever training ends"
+            f"{name}: its plan costs {plan.cost:,} {plan.unit} and the budget is {strategy.allowance:,}: it has to "
+            "keep to self.allowance (autolora.plan.spend does), whenever training ends"
+        )
+    odd = [module for module, rank in plan.items() if rank % plan.sites[module].multiple]
+    if odd:
+        raise PlanError(
+            f"{name}: rank_multiple={plan.sites[odd[0]].multiple}, but the plan has {len(odd)} other ranks: "
+            f"{plan[odd[0]]} for {odd[0]}; autolora.plan.spend keeps to multiples"
         )
 
 

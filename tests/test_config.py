@@ -221,6 +221,18 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             "budget.rank=4: there is no budget here (budget=none, or a strategy that has none, as published): leave "
             "budget.rank out",
         ),
+        (
+            "budget.params=9000 budget.cost=latency",
+            "budget.params=9000: a number of parameters is no bound on latency: use budget.rank or budget.fraction",
+        ),
+        ("budget=none budget.cost=flops", "budget.cost=flops: there is no budget to count"),
+        ("budget.cost=time", "budget.cost=time: expected one of parameters, flops, latency, got 'time'"),
+        ("rank_multiple=8 max_rank=20", "rank_multiple=8: expected max_rank to be a multiple too, got 20"),
+        ("rank_multiple=8 budget=none", "rank_multiple=8: expected a budget, which is spent in multiples"),
+        (
+            "rank_multiple=8 strategy.sparsity.spend_all=false",
+            "strategy.sparsity.spend_all=false: a ceiling is not spent, so ranks keep to no multiples: leave out",
+        ),
         ("budget.rank=4 budget.params=9", "budget.rank=4 and budget.params=9: expected at most one of rank, params"),
         ("trainer.max_epochs=-1", "trainer.max_epochs, max_steps: nothing says how long training is: set one"),
         ("trainer.max_epochs=-1 trainer.max_time=00:00:00:06", "trainer.max_epochs, max_steps: nothing says how long"),

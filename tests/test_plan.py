@@ -220,3 +220,68 @@ def test_proportional_order_refuses_other_weights(weights: dict[str, float]) -> 
     largest = RankPlan({"a": Site(4, 4), "b": Site(4, 4)}, {"a": 2, "b": 2})
     with pytest.raises(PlanError, match="weight"):
         proportional_order(weights, largest)
+
+
+# Prices other than parameters, and multiples --------------------------------------------------------------------------
+
+# The first component of `a` costs 50 and each further one 5; those of `b` cost 10 each.
+PRICED = {"a": Site(10, 6, prices=(0, 50, 55, 60), unit="ns"), "b": Site(10, 4, prices=(0, 10, 20, 30, 40), unit="ns")}
+
+
+def test_a_plan_costs_what_the_tables_say() -> None:
+    plan = RankPlan(PRICED, {"a": 2, "b": 1})
+    assert (plan.cost, plan.unit, plan.params) == (65, "ns", 2 * 16 + 14)
+    assert (PRICED["a"].cost, PRICED["b"].cost) == (20, 10)
+    assert [PRICED["a"].step_price(rank) for rank in (0, 1, 2)] == [50, 5, 5]
+    assert PRICED["a"].price(6) == 75  # the table ends at 3, and goes on by 5
+    assert RankPlan(SMALL, {"a": 2}).cost == RankPlan(SMALL, {"a": 2}).params == 32
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(Budget(rank=1), 60), (Budget(rank=0.5), 30), (Budget(rank=2.5), 57 + 25), (Budget(fraction=0.5), 50)],
+)
+def test_budgets_in_other_units(budget: Budget, expected: int) -> None:
+    assert budget.resolve(RankPlan(PRICED, {"a": 3, "b": 4})) == expected  # 57.5 and 25 at rank 2.5; 100 in all
+
+
+def test_the_first_component_of_a_module_may_be_too_dear_and_those_after_it_cheap() -> None:
+    largest = RankPlan(PRICED, {"a": 3, "b": 3})
+    assert dict(spend(["b", "a", "a", "b", "a", "b"], largest, 49)) == {"a": 0, "b": 3}
+    assert dict(spend(["b", "a", "a", "b", "a", "b"], largest, 70)) == {"a": 3, "b": 1}
+
+
+tables = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(tables, st.integers(1, 3), st.integers(0, 400), st.randoms(use_true_random=False))
+def test_with_any_prices_and_multiples_the_slack_is_below_the_cheapest_step(
+    steps: list[list[int]], multiple: int, budget: int, shuffle: random.Random
+) -> None:
+    sites = {
+        f"m{i}": Site(9, 9, multiple, tuple(sum(own[:k]) for k in range(len(own) + 1))) for i, own in enumerate(steps)
+    }
+    largest = RankPlan(sites, {name: len(own) // multiple * multiple for name, own in zip(sites, steps, strict=True)})
+    order = [name for name, rank in largest.items() for _ in range(rank)]
+    shuffle.shuffle(order)
+    plan = spend(order, largest, budget)
+    slack = budget - plan.cost
+    assert slack >= 0
+    assert all(rank % multiple == 0 for rank in plan.values())
+    assert all(slack < sites[name].step_price(rank) for name, rank in plan.items() if rank < largest[name])
+
+
+def test_multiples_are_bought_where_their_middle_is_wanted() -> None:
+    sites = {name: Site(8, 8, multiple=4) for name in "ab"}
+    largest = RankPlan(sites, {"a": 8, "b": 4})
+    # The third of four: that of b comes before the second multiple of a.
+    assert dict(spend("aaaabbbaaaab", largest, 8 * 16)) == {"a": 4, "b": 4}
+    assert dict(spend("aaaaaaaabbbb", largest, 8 * 16)) == {"a": 8, "b": 0}
+    assert dict(spend("aabb", largest, None)) == {"a": 0, "b": 0}
+
+
+def test_spending_goes_on_from_what_is_there_and_may_end_at_what_is_too_dear() -> None:
+    largest = RankPlan.uniform(SMALL, 2)
+    start = RankPlan(SMALL, {"a": 1})
+    assert dict(spend(["a", "b"], largest, 28, start)) == {"a": 1, "b": 1}
+    assert dict(spend(["a", "b"], largest, 28, start, pass_over=False)) == {"a": 1, "b": 0}

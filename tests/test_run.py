@@ -365,7 +365,7 @@ def test_a_strategy_is_held_to_the_budget(
     if not planned:
         monkeypatch.setattr(strategy, "after_step", lambda *_: None)
     name = "uniform" if planned else "svd_truncate"
-    expected = rf"{strategy.__name__}: its plan has 13,312 parameters and the budget is 2,976: it has to keep to"
+    expected = rf"{strategy.__name__}: its plan costs 13,312 parameters and the budget is 2,976: it has to keep to"
     with pytest.raises(PlanError, match=expected):
         run_one(on_planted(tmp_path, f"strategy={name}"))
     assert ("trainable parameters" in capsys.readouterr().out) != planned

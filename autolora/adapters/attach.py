@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -37,6 +37,9 @@ class AdapterSettings:
         rank_pattern: maximum rank by module name or pattern, in place of the general one; the first that matches.
         modules_to_save: modules trained in full; the classification head by default.
         bias: which biases are trained: none, all, or those of adapted modules.
+        rank_multiple: the ranks that a budget buys are multiples of this.
+        prices, unit: what the ranks 0, 1, 2, ... of every module cost, by its name, and in what, where the budget does
+            not count parameters (:mod:`autolora.adapters.prices`).
         seed: of the adapters' own random stream.
     """
 
@@ -50,6 +53,9 @@ class AdapterSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    rank_multiple: int = 1
+    prices: Mapping[str, tuple[int, ...]] | None = None
+    unit: str = "parameters"
     seed: int = 0
 
 
@@ -365,18 +371,25 @@ def require_bare(model: nn.Module) -> None:
 
 
 def find_sites(model: nn.Module, settings: AdapterSettings) -> dict[str, Site]:
-    """Every module that the settings select for an adapter, with its shape, in model order.
+    """Every module that the settings select for an adapter, with its shape and what its ranks cost, in model order.
 
     Raises:
         TargetError: if nothing is selected, a pattern matches nothing, or the model carries adapters already.
     """
     require_bare(model)
     names = select(model, settings.targets, fully_trained_modules(model, settings))
-    return {name: site for name in names if (site := site_of(model.get_submodule(name))) is not None}
+    sites = {name: site for name in names if (site := site_of(model.get_submodule(name))) is not None}
+    prices = settings.prices or {}
+    return {
+        name: replace(site, multiple=settings.rank_multiple, prices=prices.get(name), unit=settings.unit)
+        for name, site in sites.items()
+    }
 
 
 def largest_plan(sites: Mapping[str, Site], settings: AdapterSettings, max_rank: int) -> RankPlan:
     """``max_rank`` (or the rank of ``rank_pattern``) for every site, clipped to min(in, out) with a warning.
+
+    Where ranks come in multiples, it is the multiple below.
 
     Raises:
         TargetError: if a pattern of ``rank_pattern`` matches none of the sites.
@@ -391,7 +404,8 @@ def largest_plan(sites: Mapping[str, Site], settings: AdapterSettings, max_rank:
             f"{first} from {ranks[first]} to {sites[first].full_rank}{', ...' if len(clipped) > 1 else ''}",
             stacklevel=2,
         )
-    return RankPlan(sites, {name: min(rank, sites[name].full_rank) for name, rank in ranks.items()})
+    highest = {name: min(rank, sites[name].full_rank) for name, rank in ranks.items()}
+    return RankPlan(sites, {name: rank - rank % sites[name].multiple for name, rank in highest.items()})
 
 
 def attach(

@@ -125,11 +125,11 @@ def choose_reference(variants: Sequence[Variant], wanted: str | None) -> Variant
         if not eligible:
             labels = ", ".join(variant.label for variant in variants)
             raise ConfigError(f"reference={wanted}: there is no such strategy among the runs (there are: {labels})")
-    budgets = [run.result.params.budget for variant in variants for run in variant.all_runs()]
+    budgets = [run.result.budget for variant in variants for run in variant.all_runs()]
 
     def worth(variant: Variant) -> tuple[bool, bool, int, int]:
         runs = variant.all_runs()
-        common = sum(map(budgets.count, {run.result.params.budget for run in runs}))
+        common = sum(map(budgets.count, {run.result.budget for run in runs}))
         return any(run.value is not None for run in runs), variant.strategy == "uniform", common, len(runs)
 
     return max(eligible, key=worth)
@@ -193,8 +193,8 @@ def counterpart(variant: Variant, variants: Sequence[Variant], reference: Varian
     return min(same_strategy, key=distance)
 
 
-def _budgets(variant: Variant) -> dict[str, int | None]:
-    return {task: next(iter(runs.values())).result.params.budget for task, runs in variant.runs.items()}
+def _budgets(variant: Variant) -> dict[str, tuple[str, int] | None]:
+    return {task: next(iter(runs.values())).result.budget for task, runs in variant.runs.items()}
 
 
 def _same_budget(one: Variant, other: Variant) -> bool:

@@ -352,13 +352,15 @@ def _named(run: Run, said: Sequence[str]) -> str:
 
 def _budget(run: Run) -> str | None:
     """The budget as it was written; ``None`` for a run without one."""
-    if run.result.params.budget is None:
+    if run.result.budget is None:
         return None
+    counted = run.config.get("budget.cost", "parameters")
+    of = "" if counted == "parameters" else f" of {counted}"
     for name in ("rank", "params", "fraction"):
         value = run.config.get(f"budget.{name}")
         if value is not None:
-            return f"{name} {_short(value)}"
-    return "default budget"
+            return f"{name} {_short(value)}{of}"
+    return f"default budget{of}"
 
 
 def _short_key(key: str, keys: Sequence[str]) -> str:

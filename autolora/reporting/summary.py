@@ -42,6 +42,9 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
     console.print(f"\n{result.strategy} on {result.task} ({result.data_source}), {result.backbone}, seed {result.seed}")
     console.print(f"  {metrics.primary}: [bold]{value}[/bold]" + _others(metrics.all, metrics.primary), highlight=False)
     console.print("  " + _parameters(params), highlight=False)
+    if (price := result.price) is not None:
+        of = "" if price.budget is None else f" of the budget of {price.budget:,}"
+        console.print(f"  adapters cost {price.plan:,}{of} {price.unit}", highlight=False)
     if result.planted is not None:
         console.print("  " + _found(result.planted), highlight=False)
     if result.retrain != "none":

@@ -41,6 +41,8 @@ def row_of(run: Run, variant: str = "") -> dict[str, object]:
         "peak_trainable": result.params.peak_trainable,
         "budget": result.params.budget,
         "budget_rank": run.config.get("budget.rank"),
+        "price_unit": result.price.unit if result.price else None,
+        "price": result.price.plan if result.price else None,
         "steps": result.steps,
         "fit_steps": result.compute.fit_steps,
         "retrain_steps": result.compute.retrain_steps,

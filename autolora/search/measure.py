@@ -18,7 +18,7 @@ _ASKED_PER_EVALUATION = 20
 class Measurements:
     r"""What plans are worth to a search, measured on the held-out slice and remembered.
 
-    .. math:: worth(plan) = score(plan) - price \cdot params(plan) / params(largest)
+    .. math:: worth(plan) = score(plan) - price \cdot cost(plan) / cost(largest)
 
     A plan is measured once, however often it is asked for, and at most ``evaluations`` are. The uniform plan at the
     budget is the first: what a search has to beat.
@@ -27,7 +27,7 @@ class Measurements:
         space: where the plans come from.
         evaluate: measures a plan; higher is better. What is not finite counts as -1.
         evaluations: how many plans may be measured, the uniform one included.
-        price: of the parameters of the largest plan, in units of the score.
+        price: of the cost of the largest plan, in units of the score.
         known: scores that another search has measured; they need no pass over the slice, and count as evaluations.
 
     Attributes:
@@ -46,7 +46,7 @@ class Measurements:
     ) -> None:
         self.space, self.evaluate, self.known = space, evaluate, known or {}
         self.evaluations = evaluations
-        self._unit_price = price / max(1, space.largest.params)
+        self._unit_price = price / max(1, space.largest.cost)
         self.scores: dict[Levels, float] = {}
         self.undefined = 0
         self._asked = 0
@@ -69,8 +69,8 @@ class Measurements:
         return self.worth(levels)
 
     def worth(self, levels: Levels) -> float:
-        """The score of a plan that has been measured, less the price of its parameters."""
-        return self.scores[levels] - self._unit_price * self.space.plan(levels).params
+        """The score of a plan that has been measured, less the price of its cost."""
+        return self.scores[levels] - self._unit_price * self.space.plan(levels).cost
 
     def knows(self, levels: Levels) -> bool:
         """Whether the plan has been measured."""

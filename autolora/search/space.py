@@ -5,17 +5,19 @@ Module i may have the ranks
 .. math:: r_i = f_i + k \, l_i, \qquad l_i = 0, 1, \dots, t_i
 
 with floor :math:`f_i` (``min_rank``, or less where the module's maximum is lower), step k and the module's *level*
-:math:`l_i`. One level costs :math:`k (in_i + out_i)` parameters, and what all levels may cost together is the budget
-less the cost of the floors. No torch.
+:math:`l_i`. One level costs :math:`k (in_i + out_i)` parameters, or what a table says, and what all levels may cost
+together is the budget less the cost of the floors. No torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from autolora.errors import PlanError
-from autolora.plan import RankPlan, Site, even_order, proportional_order, spend
+from autolora.plan import RankPlan, even_order, proportional_order, spend
 
 Levels = tuple[int, ...]
 
@@ -25,15 +27,15 @@ class PlanSpace:
 
     Args:
         largest: the plan of maximum ranks.
-        allowance: the budget in parameters; ``None`` allows everything.
+        allowance: the budget; ``None`` allows everything.
         min_rank: no module gets less, where it can have so much.
-        step: distance of ranks on the grid.
+        step: distance of ranks on the grid; where ranks come in multiples, the next distance that keeps to them.
 
     Attributes:
         names: the modules, in model order.
         top: the largest level of each.
-        costs: parameters of one level of each.
-        limit: parameters that all levels may cost together.
+        costs: of one level of each, the mean where levels differ.
+        limit: what all levels may cost together.
         bounded: whether there is a budget: plans that are drawn then spend it.
 
     Raises:
@@ -43,23 +45,32 @@ class PlanSpace:
     def __init__(self, largest: RankPlan, allowance: int | None, *, min_rank: int = 0, step: int = 1) -> None:
         self.largest = largest
         self.names = list(largest)
-        self.step = step
-        self.floor = [min(min_rank, rank) for rank in largest.values()]
+        sites = largest.sites.values()
+        self.step = step = math.lcm(step, *(site.multiple for site in sites))
+        lowest = [min_rank - min_rank % site.multiple for site in sites]
+        self.floor = [min(low, rank) for low, rank in zip(lowest, largest.values(), strict=True)]
         self.top: Levels = tuple((rank - low) // step for rank, low in zip(largest.values(), self.floor, strict=True))
-        self.costs = [step * site.cost for site in largest.sites.values()]
+        self._prices = [
+            tuple(site.price(low + step * level) - site.price(low) for level in range(top + 1))
+            for site, low, top in zip(sites, self.floor, self.top, strict=True)
+        ]
+        # A level is a component of a coarser model, so that plans are shared out there as everywhere.
+        coarse = {
+            name: replace(site, multiple=1, prices=prices)
+            for (name, site), prices in zip(largest.sites.items(), self._prices, strict=True)
+        }
+        self._coarse = RankPlan(coarse, dict(zip(self.names, self.top, strict=True)))
+        self.costs = [site.cost or step * full.cost for site, full in zip(coarse.values(), sites, strict=True)]
         self.bounded = allowance is not None
-        floors = RankPlan(largest.sites, dict(zip(self.names, self.floor, strict=True))).params
-        allowed = largest.params if allowance is None else allowance
+        floors = RankPlan(largest.sites, dict(zip(self.names, self.floor, strict=True))).cost
+        allowed = largest.cost if allowance is None else allowance
         if floors > allowed:
             raise PlanError(
-                f"the budget of {allowed:,} parameters does not pay for rank {min_rank} everywhere, which costs "
+                f"the budget of {allowed:,} {largest.unit} does not pay for rank {min_rank} everywhere, which costs "
                 f"{floors:,}: raise the budget or lower strategy.min_rank"
             )
         self.limit = min(allowed - floors, self.cost(self.top))
-        # A level is a component of a coarser model, so that plans are shared out there as everywhere.
-        sites = {name: Site(step * site.in_features, step * site.out_features) for name, site in largest.sites.items()}
-        self._coarse = RankPlan(sites, dict(zip(self.names, self.top, strict=True)))
-        even = even_order(RankPlan(sites, dict.fromkeys(self.names, 1)))
+        even = even_order(RankPlan(coarse, dict.fromkeys(self.names, 1)))
         self._turn = {name: i for i, name in enumerate(even)}
 
     def plan(self, levels: Sequence[int]) -> RankPlan:
@@ -70,8 +81,12 @@ class PlanSpace:
         return RankPlan(self.largest.sites, ranks)
 
     def cost(self, levels: Sequence[int]) -> int:
-        """Parameters of all levels, floors not counted."""
-        return sum(cost * int(level) for cost, level in zip(self.costs, levels, strict=True))
+        """What all levels cost, floors not counted."""
+        return sum(prices[int(level)] for prices, level in zip(self._prices, levels, strict=True))
+
+    def _dearer(self, i: int, level: int) -> int:
+        """What the level above this one costs a module more."""
+        return self._prices[i][level + 1] - self._prices[i][level]
 
     # Plans to begin with ---------------------------------------------------------------------------------------------
 
@@ -105,9 +120,10 @@ class PlanSpace:
         left = self.limit - self.cost(new)
         ups = [i for i, wish in enumerate(wishes) if wish > 0 and new[i] < self.top[i]]
         for i in sorted(ups, key=lambda i: (new[i], self._turn[self.names[i]])):
-            if self.costs[i] <= left:
+            price = self._dearer(i, new[i])
+            if price <= left:
                 new[i] += 1
-                left -= self.costs[i]
+                left -= price
         return tuple(new)
 
     def mutated(self, levels: Levels, rng: Random, modules: int = 2) -> Levels:
@@ -136,12 +152,12 @@ class PlanSpace:
         while left < 0:
             i = rng.choice([i for i, level in enumerate(new) if level])
             new[i] -= 1
-            left += self.costs[i]
+            left += self._dearer(i, new[i])
         while self.bounded:
-            fits = [i for i, cost in enumerate(self.costs) if cost <= left and new[i] < self.top[i]]
+            fits = [i for i, top in enumerate(self.top) if new[i] < top and self._dearer(i, new[i]) <= left]
             if not fits:
                 break
             i = rng.choice(fits)
+            left -= self._dearer(i, new[i])
             new[i] += 1
-            left -= self.costs[i]
         return tuple(new)

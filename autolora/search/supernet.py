@@ -170,7 +170,7 @@ class SuperNet(Strategy[SearchT]):
         sign, what = (-1, "loss") if self.options.objective == "loss" else (1, "score")
 
         def said(measured: Measurements, levels: Levels) -> str:
-            return f"{sign * measured.scores[levels]:.6g} at {self.space.plan(levels).params:,} parameters"
+            return f"{sign * measured.scores[levels]:.6g} at {self.space.plan(levels).cost:,} {self.largest.unit}"
 
         spent = len(found.scores) >= found.evaluations
         few = "" if spent else f" (of {found.evaluations}: the search came up with no others)"

@@ -193,9 +193,9 @@ class AdaLoRA(Strategy[Options]):
     def scheduled(self, step: int) -> int:
         """What may be kept after a step: parameters, or components where they are counted."""
         assert self.allowance is not None
-        first, last = self.largest.params, self.allowance
+        first, last = self.largest.cost, self.allowance
         if self.options.count == "components":
-            first, last = self.largest.components, self.largest.components * self.allowance // self.largest.params
+            first, last = self.largest.components, self.largest.components * self.allowance // self.largest.cost
         done = (step - self.allocate_from) / (self.settle_from - self.allocate_from)
         return int(last + (first - last) * (1 - min(1.0, max(0.0, done))) ** 3)
 

@@ -31,21 +31,23 @@ one weight means the same for tasks of any scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from autolora.config import Conflict
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import PhaseOptions, best_components, even_components, keep, phase_ends
+from autolora.strategies.pruning import PhaseOptions, Prices, best_components, even_components, keep, phase_ends
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from autolora.adapters import Adapters, AdapterSettings, Gate, SelectorGate
+    from autolora.config import RunConfig
 
 Form = Literal["straight_through", "sigmoid", "hard_concrete", "gumbel", "gumbel_softmax", "simplex"]
 
@@ -113,6 +115,15 @@ class Options(StrategyOptions):
     phases: PhaseOptions = PhaseOptions()
     rotate: bool = True
 
+    def conflicts_with(self, config: RunConfig) -> Iterator[Conflict]:
+        """Multiples are what a budget buys."""
+        if config.rank_multiple > 1 and not self.sparsity.spend_all:
+            message = (
+                "strategy.sparsity.spend_all=false: a ceiling is not spent, so ranks keep to no multiples: leave out "
+                "one of spend_all=false and rank_multiple"
+            )
+            yield Conflict(("strategy.sparsity.spend_all", "rank_multiple"), message)
+
 
 class AutoLoRA(Strategy[Options]):
     """Selectors learned under a price on parameters; the module's docstring gives the method."""
@@ -166,8 +177,8 @@ class AutoLoRA(Strategy[Options]):
 
         # Training may have moved the model, or changed its precision.
         device, dtype = next(((p.device, p.dtype) for p in self.adapters.gate_parameters()), (None, None))
-        costs = [float(self.adapters.sites[name].cost) for name in self.owners]
-        self.costs = torch.tensor(costs, device=device, dtype=dtype)
+        self.prices = Prices(self.adapters.attached_plan(), device, dtype)
+        self.costs = self.prices.each
         self.integral = torch.tensor(0.0, device=device)
         self.price = torch.tensor(0.0, device=device)
         self.price_unit = torch.tensor(1.0, device=device)
@@ -226,14 +237,14 @@ class AutoLoRA(Strategy[Options]):
         """The cost that a step of the prune phase aims at: cubic from everything to the budget, then level."""
         assert self.allowance is not None
         done = (step - self.prune_from) / max(1.0, (1 - _HOLD) * (self.settle_from - self.prune_from))
-        return self.allowance + (self.largest.params - self.allowance) * (1 - min(1.0, max(0.0, done))) ** 3
+        return self.allowance + (self.largest.cost - self.allowance) * (1 - min(1.0, max(0.0, done))) ** 3
 
     def _target(self) -> float:
         """What the schedule asks for now."""
         if self.phase == "settle":
             assert self.allowance is not None
             return self.allowance
-        return self.scheduled_cost(self.step_seen) if self.phase == "prune" else self.largest.params
+        return self.scheduled_cost(self.step_seen) if self.phase == "prune" else self.largest.cost
 
     def _begin_listening(self, optimizer: Optimizer) -> None:
         """Make components canonical, and give the selectors a gradient; every gate stays open."""
@@ -286,8 +297,7 @@ class AutoLoRA(Strategy[Options]):
         """Dual ascent on the violation of the schedule, with a proportional term; a price is never negative."""
         if self.allowance is None:
             return
-        kept = self._kept()
-        violation = ((kept * self.costs).sum() - self.scheduled_cost(step)) / self.costs.sum()
+        violation = (self.prices.together(self._kept()) - self.scheduled_cost(step)) / self.largest.cost
         sparsity = self.options.sparsity
         rate = sparsity.ascent / max(1, self.settle_from - self.prune_from)
         self.integral = (self.integral + rate * violation).clamp(min=0.0)
@@ -343,7 +353,7 @@ class AutoLoRA(Strategy[Options]):
     def progress(self) -> dict[str, float]:
         """The multiplier, which is the weight of the penalty, and the cost that the schedule asks for."""
         numbers = {"sparsity_price": float(self.price)}
-        return numbers if self.allowance is None else numbers | {"scheduled_params": self._target()}
+        return numbers if self.allowance is None else numbers | {"scheduled_cost": self._target()}
 
     # After training --------------------------------------------------------------------------------------------------
 

@@ -68,9 +68,9 @@ def control_plan(control: Control, found: RankPlan, seed: int, highest: Mapping[
         return found
     if control == "uniform":
         largest = RankPlan(found.sites, {name: site.full_rank for name, site in found.sites.items()} | dict(highest))
-        return spend(even_order(largest), largest, found.params)
+        return spend(even_order(largest), largest, found.cost)
     draw = random.Random(seed)
-    alike: dict[tuple[int, int, int | None], list[str]] = {}
+    alike: dict[tuple[float, int, int | None], list[str]] = {}
     for name, site in found.sites.items():
         alike.setdefault((site.cost, site.full_rank, highest.get(name)), []).append(name)
     groups = [names for _, names in sorted(alike.items(), key=lambda item: item[0][:2])]

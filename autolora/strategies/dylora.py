@@ -149,13 +149,13 @@ class DyLoRA(Strategy[Options]):
 
 
 def greedy(evaluate: Evaluate, start: RankPlan, largest: RankPlan, allowance: int, evaluations: int) -> RankPlan:
-    """Improve a plan by trades: one component more for one module, paid for by those that miss theirs least.
+    """Improve a plan by trades: a component (or a multiple) more for one module, paid for by those that miss it least.
 
     Args:
         evaluate: the score of a plan, to maximise.
         start: within the allowance.
         largest: the highest rank of every module.
-        allowance: parameters that may be spent.
+        allowance: what a plan may cost.
         evaluations: how many plans may be measured, at least two for each module and two more.
 
     Returns:
@@ -174,13 +174,14 @@ def greedy(evaluate: Evaluate, start: RankPlan, largest: RankPlan, allowance: in
 
     def look(name: str) -> None:
         """What one component more and one fewer is worth per parameter, to the plan as it is."""
-        cost = plan.sites[name].cost
         gain.pop(name, None)
         loss.pop(name, None)
         if plan[name] < largest[name]:
-            gain[name] = (measure(_changed(plan, name, 1)) - best) / cost
+            more = _changed(plan, name, 1)
+            gain[name] = (measure(more) - best) / (more.cost - plan.cost)
         if plan[name] > 0:
-            loss[name] = (best - measure(_changed(plan, name, -1))) / cost
+            less = _changed(plan, name, -1)
+            loss[name] = (best - measure(less)) / (plan.cost - less.cost)
 
     for name in start:
         look(name)
@@ -202,7 +203,7 @@ def greedy(evaluate: Evaluate, start: RankPlan, largest: RankPlan, allowance: in
 
 
 def _changed(plan: RankPlan, name: str, by: int) -> RankPlan:
-    return RankPlan(plan.sites, {**plan, name: plan[name] + by})
+    return RankPlan(plan.sites, {**plan, name: plan[name] + by * plan.sites[name].multiple})
 
 
 def _trade(plan: RankPlan, receiver: str, donors: Sequence[str], allowance: int) -> RankPlan | None:
@@ -210,20 +211,18 @@ def _trade(plan: RankPlan, receiver: str, donors: Sequence[str], allowance: int)
 
     What is left over goes back to the donors, the last first. ``None`` if it cannot be paid.
     """
-    ranks = {**plan, receiver: plan[receiver] + 1}
-    left = allowance - plan.params - plan.sites[receiver].cost
+    offer = _changed(plan, receiver, 1)
     gave: list[str] = []
-    while left < 0:
-        giving = [name for name in donors if name != receiver and ranks[name] > 0]
+    while offer.cost > allowance:
+        giving = [name for name in donors if name != receiver and offer[name] > 0]
         if not giving:
             return None
         for name in giving:
-            if left < 0:
-                ranks[name] -= 1
-                left += plan.sites[name].cost
+            if offer.cost > allowance:
+                offer = _changed(offer, name, -1)
                 gave.append(name)
     for name in reversed(gave):
-        if plan.sites[name].cost <= left:
-            ranks[name] += 1
-            left -= plan.sites[name].cost
-    return RankPlan(plan.sites, ranks)
+        returned = _changed(offer, name, 1)
+        if returned.cost <= allowance:
+            offer = returned
+    return offer

@@ -23,7 +23,6 @@ of a new parameter (:class:`autolora.strategies.growing.Newcomers`). What never 
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -58,10 +57,10 @@ class Options(StrategyOptions):
 
 
 class Round(NamedTuple):
-    """After this step as many parameters may be active."""
+    """After this step what is active may cost so much."""
 
     step: int
-    params: int
+    cost: int
 
 
 _LEAST_SHARE = 1e-6
@@ -74,13 +73,13 @@ def lay_out(options: Options, largest: RankPlan, goal: int, total_steps: int) ->
     Args:
         options: of the strategy.
         largest: the maximum ranks.
-        goal: parameters that are active after the last round, if all take place.
+        goal: what is active after the last round costs so much, if all take place.
         total_steps: of the run.
 
     Raises:
         ConfigError: if the rounds do not fit in the growth period.
     """
-    start = _at_rank(largest, options.min_rank).params
+    start = _at_rank(largest, options.min_rank).cost
     if start >= goal:
         return []
     period = round(options.until * total_steps)
@@ -101,7 +100,7 @@ def lay_out(options: Options, largest: RankPlan, goal: int, total_steps: int) ->
     if len(targets) > period or not targets:
         raise ConfigError(f"growth has {room}; expected at least {max(1, len(targets))}: raise trainer.max_steps")
     steps = [(i + 1) * (interval or period / len(targets)) for i in range(len(targets))]
-    return [Round(round(step), params) for step, params in zip(steps, targets, strict=True)]
+    return [Round(round(step), cost) for step, cost in zip(steps, targets, strict=True)]
 
 
 def _doublings(largest: RankPlan, rank: int, goal: int) -> list[int]:
@@ -109,13 +108,14 @@ def _doublings(largest: RankPlan, rank: int, goal: int) -> list[int]:
     targets: list[int] = []
     while not targets or targets[-1] < goal:
         rank = max(1, 2 * rank)
-        targets.append(min(goal, _at_rank(largest, rank).params))
+        targets.append(min(goal, _at_rank(largest, rank).cost))
     return targets
 
 
 def _at_rank(largest: RankPlan, rank: int) -> RankPlan:
-    """The same rank everywhere, as far as each module goes."""
-    return RankPlan(largest.sites, {name: min(rank, highest) for name, highest in largest.items()})
+    """The same rank everywhere, or the multiple below it, as far as each module goes."""
+    sites = largest.sites
+    return RankPlan(sites, {name: min(rank - rank % sites[name].multiple, top) for name, top in largest.items()})
 
 
 class DynamicGrowth(Strategy[Options]):
@@ -134,10 +134,10 @@ class DynamicGrowth(Strategy[Options]):
         low = self.options.min_rank
         if self.max_rank < low:
             raise ConfigError(f"max_rank={self.max_rank}: expected at least strategy.min_rank={low}")
-        floor = _at_rank(self.largest, low).params
+        floor = _at_rank(self.largest, low).cost
         if self.allowance is not None and self.allowance < floor:
             raise PlanError(
-                f"strategy.min_rank={low} everywhere costs {floor:,} parameters, more than the budget of "
+                f"strategy.min_rank={low} everywhere costs {floor:,} {self.largest.unit}, more than the budget of "
                 f"{self.allowance:,}: lower strategy.min_rank or raise the budget"
             )
         return self.largest
@@ -164,7 +164,7 @@ class DynamicGrowth(Strategy[Options]):
 
     def begin(self, total_steps: int, optimizer: Optimizer) -> None:
         """Lay out the rounds over the run."""
-        goal = self.largest.params if self.allowance is None else self.allowance
+        goal = self.largest.cost if self.allowance is None else self.allowance
         self.rounds = lay_out(self.options, self.largest, goal, total_steps)
         self.passed = 0  # rounds whose step has come
         self.grown = 0  # rounds in which something could open
@@ -222,24 +222,16 @@ class DynamicGrowth(Strategy[Options]):
         if improving and not last:
             return
         self.grown = len(self.rounds) if last else self.grown + 1
-        left = self.rounds[self.grown - 1].params - self.plan.params
+        left = self.rounds[self.grown - 1].cost - self.plan.cost
         order = self._by_promise(left) if self._scored else self._waiting()
-        if self.grown < len(self.rounds):
-            order = self._first_that_fit(order, left)
-        new = spend(order, self._room(), left)
-        self._open(RankPlan(self.largest.sites, {name: rank + new[name] for name, rank in self.plan.items()}), step)
+        # What is too dear for a round the next one has more for: to pass it over, as the last round does, would give
+        # every round's small change to the cheapest modules.
+        is_last = self.grown == len(self.rounds)
+        self._open(spend(order, self.largest, self.rounds[self.grown - 1].cost, self.plan, pass_over=is_last), step)
 
     def _room(self) -> RankPlan:
         """What waits."""
         return RankPlan(self.largest.sites, {name: self.largest[name] - rank for name, rank in self.plan.items()})
-
-    def _first_that_fit(self, order: list[str], left: int) -> list[str]:
-        """Up to the first component that is too dear, which the next round has more for.
-
-        To pass it over, as the last round does, would give every round's small change to the cheapest modules.
-        """
-        spent = itertools.accumulate(self.largest.sites[name].cost for name in order)
-        return [name for name, cost in zip(order, spent, strict=True) if cost <= left]
 
     def _by_promise(self, left: int) -> list[str]:
         """Components that wait, by module: one of each module in the order of the scores, then a second, and so on.
@@ -248,7 +240,7 @@ class DynamicGrowth(Strategy[Options]):
         the round pays for one of each that order decides nothing, and they come in proportion to the scores.
         """
         room = self._room()
-        if left >= sum(room.sites[name].cost for name, waiting in room.items() if waiting):
+        if left >= sum(room.sites[name].step_price(self.plan[name]) for name, waiting in room.items() if waiting):
             least = max(self.scores.values(), default=0.0) * _LEAST_SHARE or 1.0  # everything is on offer in the end
             return proportional_order({name: max(self.scores.get(name, 0.0), least) for name in room}, room)
         names = sorted(dict.fromkeys(self._waiting()), key=lambda name: -self.scores[name])

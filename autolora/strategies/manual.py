@@ -81,11 +81,12 @@ class Manual(Planned[Options]):
         if self.options.fingerprint not in (None, fingerprint_of(path)):
             raise DataError(f"{path}: the file has changed since it was chosen; give the command again")
         plan = RankPlan(sites, ranks_for(list(sites), data, path))
-        if self.allowance is not None and plan.params > self.allowance:
-            room = plan.params <= self.largest.params
-            enough = f"budget.params={plan.params} (or more)" if room else f"max_rank={max(plan.values())}"
+        if self.allowance is not None and plan.cost > self.allowance:
+            room = plan.cost <= self.largest.cost
+            amount = f"params={plan.cost}" if plan.unit == "parameters" else f"rank={max(plan.values())}"
+            enough = f"budget.{amount} (or more)" if room else f"max_rank={max(plan.values())}"
             raise PlanError(
-                f"{path}: the plan has {plan.params:,} parameters and the budget is {self.allowance:,}: use "
+                f"{path}: the plan costs {plan.cost:,} {plan.unit} and the budget is {self.allowance:,}: use "
                 f"budget=none, {enough}, or smaller ranks"
             )
         return plan

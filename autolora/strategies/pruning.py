@@ -13,6 +13,7 @@ from autolora.plan import RankPlan, even_order, spend
 from autolora.strategies.base import StrategyOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -66,7 +67,7 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
     Args:
         plan: the components on offer.
         scores: one for each of them, module by module in the plan's order, shape ``(components,)``.
-        budget: parameters that may be spent; ``None`` is no limit.
+        budget: what they may cost in all; ``None`` is no limit.
         most: only so many of the highest scores are on offer.
 
     Returns:
@@ -83,6 +84,47 @@ def best_components(plan: RankPlan, scores: Tensor, budget: int | None, most: in
             bought[owners[i]] -= 1
             mask[i] = 1.0
     return scores.new_tensor(mask)
+
+
+class Prices:
+    """What the components of a plan cost of the budget, as tensors: nothing of it is asked of the device.
+
+    Args:
+        plan: the components on offer, module by module.
+        device, dtype: of the numbers.
+
+    Attributes:
+        each: of every component by itself, which is the mean of its module's, shape ``(components,)``.
+    """
+
+    def __init__(self, plan: RankPlan, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        import torch
+
+        sites = [(plan.sites[name], rank) for name, rank in plan.items() if rank]
+        longest = max((rank for _, rank in sites), default=0)
+        tables = [[site.price(min(k, rank)) for k in range(longest + 1)] for site, rank in sites]
+        owners = [i for i, (_, rank) in enumerate(sites) for _ in range(rank)]
+        self._owners = torch.tensor(owners, dtype=torch.long, device=device)
+        self._tables = torch.tensor(tables, device=device, dtype=dtype).reshape(len(sites), longest + 1)
+        each = [float(site.cost) for site, rank in sites for _ in range(rank)]
+        self.each = torch.tensor(each, device=device, dtype=dtype)
+
+    def together(self, kept: Tensor) -> Tensor:
+        """Of the components that a 0/1 mask keeps, shape ``(components,)``."""
+        ranks = self._owners.new_zeros(len(self._tables)).index_add(0, self._owners, kept.long())
+        return self._tables.gather(1, ranks[:, None]).sum()
+
+    def running(self, order: Tensor) -> Tensor:
+        """Of the first 1, 2, ... components of an order, together; the order has their positions."""
+        import torch
+
+        owners = self._owners[order]
+        grouped = owners.argsort(stable=True)
+        starts = owners.bincount(minlength=len(self._tables)).cumsum(0).roll(1)
+        starts[:1] = 0
+        turn = torch.empty_like(owners)
+        turn[grouped] = torch.arange(len(owners), device=owners.device) - starts[owners[grouped]]
+        return (self._tables[owners, turn + 1] - self._tables[owners, turn]).cumsum(0)
 
 
 def even_components(plan: RankPlan) -> list[int]:

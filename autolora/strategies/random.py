@@ -48,6 +48,6 @@ class Random(Planned[Options]):
         for _ in range(_DRAWS):
             draw.shuffle(offered)
             plans.append(spend(offered, self.largest, self.allowance))
-            if self.allowance is None or plans[-1].params >= 0.98 * self.allowance:
+            if self.allowance is None or plans[-1].cost >= 0.98 * self.allowance:
                 return plans[-1]
-        return max(plans, key=lambda plan: plan.params)
+        return max(plans, key=lambda plan: plan.cost)

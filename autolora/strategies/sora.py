@@ -47,7 +47,7 @@ from pydantic import Field
 from autolora.errors import ConfigError
 from autolora.plan import RankPlan
 from autolora.strategies.base import Evaluate, Rates, Strategy, StrategyOptions, reset_optimizer_state
-from autolora.strategies.pruning import PhaseOptions, best_components, phase_ends, settle
+from autolora.strategies.pruning import PhaseOptions, Prices, best_components, phase_ends, settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,8 +128,7 @@ class SoRA(Strategy[Options]):
             )
         device = next((parameter.device for parameter in self.adapters.gate_parameters()), None)
         self.sizes = [layer.rank for layer in self.adapters.layers.values()]
-        owners = [name for name, layer in self.adapters.layers.items() for _ in range(layer.rank)]
-        self.costs = torch.tensor([float(self.adapters.sites[name].cost) for name in owners], device=device)
+        self.prices = Prices(self.adapters.attached_plan(), device)
         self.mean_size = torch.tensor(1.0, device=device)
         self.strength = torch.tensor(0.0, device=device)
         self.phase: Phase = "warmup" if self.sizes else "settle"
@@ -179,7 +178,7 @@ class SoRA(Strategy[Options]):
             start, end = self.options.lambda_start, self.options.lambda_end
             return sizes.new_tensor(rate * (start + (end - start) * self._done(step)))
         largest, order = sizes.sort(descending=True, stable=True)
-        too_much = self.costs[order].cumsum(0) > self.scheduled_cost(step)
+        too_much = self.prices.running(order) > self.scheduled_cost(step)
         return torch.where(too_much, largest, 0.0).max().clamp(max=rate * self.options.lambda_max)
 
     def _done(self, step: int) -> float:
@@ -187,9 +186,9 @@ class SoRA(Strategy[Options]):
         return min(1.0, max(0, step - self.prune_from) / ((1 - _HOLD) * (self.settle_from - self.prune_from)))
 
     def scheduled_cost(self, step: int) -> float:
-        """The parameters that a step may leave open: cubic from everything to the budget, then level."""
+        """What the components that a step leaves open may cost: cubic from everything to the budget, then level."""
         assert self.allowance is not None
-        return self.allowance + (self.largest.params - self.allowance) * (1 - self._done(step)) ** 3
+        return self.allowance + (self.largest.cost - self.allowance) * (1 - self._done(step)) ** 3
 
     def _values(self) -> list[Tensor]:
         return [gate.values.detach() for gate in self.gates]
@@ -239,7 +238,7 @@ class SoRA(Strategy[Options]):
         """Lambda, and the cost that the schedule asks for."""
         numbers = {"sparsity_lambda": float(self.strength)}
         if self.allowance is not None:
-            numbers["scheduled_params"] = self.scheduled_cost(self.step_seen)
+            numbers["scheduled_cost"] = self.scheduled_cost(self.step_seen)
         return numbers
 
     # After training --------------------------------------------------------------------------------------------------
@@ -270,8 +269,8 @@ class SoRA(Strategy[Options]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the phase that was saved."""
         self.phase, self.step_seen = state["phase"], state["step_seen"]
-        self.mean_size = state["mean_size"].to(self.costs.device)
-        self.strength = state["strength"].to(self.costs.device)
+        self.mean_size = state["mean_size"].to(self.mean_size.device)
+        self.strength = state["strength"].to(self.mean_size.device)
 
 
 def soft_threshold(values: Tensor, threshold: Tensor) -> Tensor:

@@ -333,3 +333,14 @@ def test_what_is_outside_lora_counts_with_all_its_parameters(tmp_path: Path) -> 
     params = {"adapter": 0, "extra": 150, "head": 66, "peak_trainable": 216, "budget": None, "backbone": 10_000}
     change_result(path, params=params)
     assert "at 15 % of the parameters" in sentence(comparisons(tmp_path)["bitfit"])
+
+
+def test_a_budget_of_time_is_not_one_of_parameters(tmp_path: Path) -> None:
+    """The numbers are equal; what they count is not."""
+    priced = {"budget": None, "price": {"unit": "ns", "budget": 1000, "plan": 900}}
+    for strategy in ("uniform", "autolora"):
+        write_run(tmp_path, "budget.rank=1", strategy=strategy)
+        write_run(tmp_path, "budget.rank=1", "budget.cost=latency", strategy=strategy, **priced)
+    others = references(tmp_path)
+    assert others["autolora (rank 1)"] == "uniform (rank 1)"
+    assert others["autolora (rank 1 of latency)"] == "uniform (rank 1 of latency)"

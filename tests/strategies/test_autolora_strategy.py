@@ -190,7 +190,7 @@ def test_a_dual_ascent_step_by_hand() -> None:
     assert float(strategy.price) == pytest.approx(2 * (rate * high + 30 * high))
     assert strategy.progress() == {
         "sparsity_price": pytest.approx(float(strategy.price)),
-        "scheduled_params": pytest.approx(162),
+        "scheduled_cost": pytest.approx(162),
     }
     set_logits(adapters, {"U0": [-1.0] * 4, "V0": [-1.0] * 4, "U1": [-1.0] * 4, "V1": [-1.0, -1.0, -1.0, 1.0]})
     strategy.after_step(66, optimizer)  # 40 where the schedule says 112: the price is never negative

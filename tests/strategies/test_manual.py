@@ -216,7 +216,7 @@ def test_a_plan_above_the_budget_says_both_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, {"bert.pooler.dense": 4})
     assert plan_of(path, Budget(params=128)).params == 128
     with pytest.raises(
-        PlanError, match=r"the plan has 128 parameters and the budget is 127: use budget=none, budget\.p"
+        PlanError, match=r"the plan costs 128 parameters and the budget is 127: use budget=none, budget\.p"
     ):
         plan_of(path, Budget(params=127))
 

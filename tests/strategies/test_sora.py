@@ -127,7 +127,7 @@ def test_with_a_budget_lambda_is_the_smallest_that_meets_the_schedule() -> None:
     strategy.after_step(30, optimizer)
     assert gates_of(strategy) == pytest.approx([0.35, 0, 0, 0, -0.25, 0, 0.15, 0])
     assert [g != 0 for g in gates_of(strategy)] == [True, False, False, False, True, False, True, False]
-    assert strategy.progress() == {"sparsity_lambda": pytest.approx(1.5), "scheduled_params": pytest.approx(43.5)}
+    assert strategy.progress() == {"sparsity_lambda": pytest.approx(1.5), "scheduled_cost": pytest.approx(43.5)}
     strategy.after_step(31, optimizer)  # all is well: nothing is shrunk
     assert gates_of(strategy) == pytest.approx([0.35, 0, 0, 0, -0.25, 0, 0.15, 0])
 
