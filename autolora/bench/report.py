@@ -17,7 +17,10 @@ from autolora.errors import DataError
 from autolora.files import write_json_atomic
 
 SCHEMA = 1
-Part = Literal["train", "evaluate", "memory", "once", "run", "bookkeeping", "cell", "dev", "report", "report-memory"]
+Part = Literal[
+    "train", "evaluate", "memory", "overhead", "once", "run", "bookkeeping", "cell", "dev", "report",
+    "report-memory",
+]  # fmt: skip
 _ALSO = ("peft", "accelerate")  # packages beside those that a run's result names
 
 
@@ -29,18 +32,19 @@ class Row(_Record):
     """What was measured of one contender.
 
     Args:
-        part: of the benchmark: a training step, a forward pass, peak memory, what happens once, a whole run, a cell of
-            a sweep, evaluation, or the report.
+        part: of the benchmark: a training step, a forward pass, peak memory, what adapters add to a forward pass, what
+            happens once, a whole run, a cell of a sweep, evaluation, or the report.
         name: of the contender.
         shape: ``ROWSxTOKENS``, where there are batches.
         precision: of the products, where there are any.
         rounds: that were counted.
-        value: milliseconds (train, evaluate, once, bookkeeping), bytes (memory), seconds (run, cell, report) or rows a
-            second (dev): the median and its 95 % interval.
+        value: milliseconds (train, evaluate, overhead, once, bookkeeping), bytes (memory), seconds (run, cell, report)
+            or rows a second (dev): the median and its 95 % interval.
         ratios: of its time or memory to those of others, by what they are to it: ``peft``, ``adalora``, ``limit``,
             ``bare``, ``usual``, ``best``. Medians of the ratios in one round, which is why they differ a little from
             the ratios of the medians. Bookkeeping has its share of a whole ``step``, and its ``growth``: time for one
-            module among many over that for one among few; evaluation its speed over that of ``training``.
+            module among many over that for one among few; evaluation its speed over that of ``training``; overhead what
+            was ``predicted`` of it over itself.
         parts: medians of seconds of the parts of a run.
         imports: seconds of the imports of one run, in all and by package, under ``python -X importtime``.
         metric: that a run ended with.

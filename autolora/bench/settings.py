@@ -21,7 +21,7 @@ Training = Literal[
 Forward = Literal["bare", "merged", "compact", "peft-pattern"]
 Once = Literal["attach-uniform8", "attach-autolora16", "attach-peft8", "attach-peft16", "select-autolora16"]
 Run = Literal["uniform8", "autolora8", "peft8-usual", "peft8-best"]
-Part = Literal["train", "evaluate", "memory", "once"]
+Part = Literal["train", "evaluate", "memory", "overhead", "once"]
 Suite = Literal["steps", "run", "strategies", "comparison"]
 Name = TypeVar("Name", bound=str)
 WITHOUT_BOOKKEEPING = ("head", "bitfit", "full", "prompt", "prefix", "ia3", "manual")

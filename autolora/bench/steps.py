@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from autolora.bench import evaluation
+from autolora.bench import evaluation, overhead
 from autolora.bench.contenders import ADALORA_OF, CONTENDERS, PEFT_OF
 from autolora.bench.measure import Interval, against, median_interval, take_turns
 from autolora.bench.memory import peak_bytes
@@ -41,6 +41,8 @@ def steps_suite(settings: StepsSettings) -> Iterator[Row]:
                 yield from evaluation_rows(case)
             if "memory" in settings.parts:
                 yield from memory_rows(case)
+            if "overhead" in settings.parts and precision == "float32":  # evaluation is in float32
+                yield from overhead_rows(case)
     if "once" in settings.parts:
         yield from once_rows(subject, settings)
 
@@ -140,6 +142,17 @@ def memory_rows(case: Case) -> Iterator[Row]:
     for name in peaks:
         references = {"peft": PEFT_OF.get(name), "adalora": ADALORA_OF.get(name), "limit": "limit"}
         yield case.row("memory", name, peaks, references, median_interval(peaks[name]))
+
+
+def overhead_rows(case: Case) -> Iterator[Row]:
+    """What the adapters of some plans add to a forward pass, beside what prices in time say that they do."""
+    predicted = overhead.priced(case.subject, case.batch)
+    times = case.time(overhead.predictors(case.subject))
+    for name, value, ratios in overhead.compared(times, predicted):
+        rounds = len(times[name])
+        yield Row(
+            part="overhead", name=name, shape=case.shape, precision="float32", rounds=rounds, value=value, ratios=ratios
+        )
 
 
 def once_rows(subject: Subject, settings: StepsSettings) -> Iterator[Row]:

@@ -39,6 +39,7 @@ _TITLES = {"train": "Training step", "evaluate": "Forward pass", "memory": "Peak
 _UNITS = {
     "train": ("ms", 1.0),
     "evaluate": ("ms", 1.0),
+    "overhead": ("ms", 1.0),
     "once": ("ms", 1.0),
     "memory": ("MB", 1e-6),
     "run": ("s", 1.0),
@@ -82,6 +83,19 @@ def _steps(suite: Suite) -> list[str]:
         for precision in dict.fromkeys(row.precision for row in rows):
             chosen = [row for row in rows if row.precision == precision]
             out.append(_by_shape(f"{title}, {precision}", chosen, whats))
+    added = [row for row in suite.rows if row.part == "overhead"]
+    if added:
+        header = ["Adapters of a plan", "rows × tokens", "ms", "predicted ÷ measured"]
+        cells = [
+            [
+                row.name,
+                (row.shape or "").replace("x", " × "),
+                f"{row.value.median:.2f}",
+                _ratio(row.ratios["predicted"]),
+            ]
+            for row in added
+        ]
+        out.append(_table(header, cells))
     once = [row for row in suite.rows if row.part == "once"]
     if once:
         cells = [[LABELS[row.name], _value(row), _ratio(row.ratios.get("peft"))] for row in once]
