@@ -116,6 +116,19 @@ class PlantedEncoderConfig(Section):
     teacher_seed: Whole | None = None
 
 
+class MixtureConfig(Section):
+    """Several GLUE tasks on one adapter; see ``autolora.training.mixture``."""
+
+    name: Literal["mixture"] = "mixture"
+    tasks: Annotated[tuple[GlueName, ...], Strict(False)] = ("mrpc", "rte", "cola")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """At least two tasks, and each once."""
+        if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
+            message = f"task.tasks: expected at least two tasks, each once, got {', '.join(self.tasks) or 'none'}"
+            yield Conflict(("task.tasks",), message)
+
+
 class DataConfig(Section):
     """Where rows come from and how they are batched."""
 
@@ -420,7 +433,7 @@ class RunConfig(Section):
     force: bool = False
     retrain: Literal["none", "found", "permuted", "uniform"] = "none"
     retrain_on: Literal["fit", "all"] = "fit"
-    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig = Field(
+    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig | MixtureConfig = Field(
         default=GlueTaskConfig(name="mnli"), discriminator="name"
     )
     data: DataConfig = DataConfig()

@@ -8,13 +8,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolora.config import GlueTaskConfig, PlantedConfig, RunConfig
+from autolora.config import GlueTaskConfig, MixtureConfig, PlantedConfig, RunConfig
 from autolora.errors import PlanError
 from autolora.plan import Budget
 
 if TYPE_CHECKING:
     from autolora.adapters import AdapterSettings
     from autolora.strategies.base import Strategy
+    from autolora.tasks.glue import GlueTask
     from autolora.training.problem import Problem
 
 
@@ -52,16 +53,37 @@ def _digest(settings: Mapping[str, Any]) -> str:
 
 
 def _text_problem(cfg: RunConfig) -> Problem:
-    """A task on text: one of GLUE, or planted ranks with the sentences of one."""
+    """A task on text: one of GLUE, several of them, or planted ranks with the sentences of one."""
+    from autolora.tasks.glue import GLUE
+    from autolora.training.text import TextProblem
+
+    task = cfg.task
+    assert not isinstance(task, PlantedConfig)
+    if isinstance(task, MixtureConfig):
+        from autolora.training.mixture import Mixture
+
+        return Mixture([TextProblem(GLUE[name], **_text_arguments(cfg, GLUE[name])) for name in task.tasks])
+    if isinstance(task, GlueTaskConfig):
+        return TextProblem(GLUE[task.name], **_text_arguments(cfg, GLUE[task.name]))
+    from autolora.training.planted_encoder import PlantedEncoder, Planting
+
+    glue = GLUE[task.text]
+    arguments = _text_arguments(cfg, glue)
+    teacher_seed = cfg.seed if task.teacher_seed is None else task.teacher_seed
+    planting = Planting(**task.model_dump(exclude={"name", "text", "teacher_seed"}), seed=teacher_seed)
+    arguments["fingerprint"] = _digest(vars(planting) | {"data": arguments["fingerprint"]})
+    return PlantedEncoder(glue, planting=planting, **arguments)
+
+
+def _text_arguments(cfg: RunConfig, glue: GlueTask) -> dict[str, Any]:
+    """The rows of a task, and everything else that a problem on text is made of."""
     from autolora.backbones import locate, weights_fingerprint
     from autolora.paths import cache_root
-    from autolora.tasks.glue import GLUE
     from autolora.tasks.sources import fingerprint, load, resolve, size_notes
     from autolora.tasks.splits import hold_out, subsample
+    from autolora.training.text import TextSettings
 
-    task, data = cfg.task, cfg.data
-    assert not isinstance(task, PlantedConfig)
-    glue = GLUE[task.name if isinstance(task, GlueTaskConfig) else task.text]
+    data = cfg.data
     resolved = resolve(data.source, glue, data.dir)
     say(f"data: {resolved.detail}")
     splits = load(resolved, glue)
@@ -75,9 +97,8 @@ def _text_problem(cfg: RunConfig) -> Problem:
         train = subsample(train, data.max_train, seed)
     fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
     weights = cfg.backbone.weights
-    from autolora.training.text import TextProblem, TextSettings
-
-    arguments: dict[str, Any] = {
+    return {
+        "splits": {"fit": fit_rows, "heldout": heldout, **splits},
         "source": resolved.kind,
         "fingerprint": data_hash,
         "data_notes": notes,
@@ -94,15 +115,6 @@ def _text_problem(cfg: RunConfig) -> Problem:
             head_seed=seed_for(cfg.seed, "head"),
         ),
     }
-    rows = {"fit": fit_rows, "heldout": heldout, **splits}
-    if isinstance(task, GlueTaskConfig):
-        return TextProblem(glue, rows, **arguments)
-    from autolora.training.planted_encoder import PlantedEncoder, Planting
-
-    teacher_seed = cfg.seed if task.teacher_seed is None else task.teacher_seed
-    planting = Planting(**task.model_dump(exclude={"name", "text", "teacher_seed"}), seed=teacher_seed)
-    arguments["fingerprint"] = _digest(vars(planting) | {"data": data_hash})
-    return PlantedEncoder(glue, rows, planting=planting, **arguments)
 
 
 def make_strategy(cfg: RunConfig, problem: Problem) -> Strategy[Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autolora import results
-from autolora.config import RunConfig
+from autolora.config import PlantedConfig, RunConfig
 from autolora.errors import AutoLoRAError
 from autolora.parts import say
 from autolora.plan import RankPlan
@@ -179,13 +179,14 @@ def save_adapter(run: Run) -> None:
     from autolora.adapters.whole import WholeModel, save_whole
     from autolora.adapters.wrapped import Wrapped, save_wrapped
     from autolora.backbones import hub_name, save_pretrained
+    from autolora.training.mixture import Mixture
     from autolora.training.text import TextProblem
 
     assert run.strategy is not None
     cfg, problem, adapters, directory = run.cfg, run.problem, run.strategy.adapters, run.directory.adapter
     text = problem if isinstance(problem, TextProblem) else None
     about: dict[str, Any] = {
-        "base_model": hub_name(**cfg.backbone.weights) if text else "planted",
+        "base_model": "planted" if isinstance(cfg.task, PlantedConfig) else hub_name(**cfg.backbone.weights),
         "metadata": {
             "strategy": cfg.strategy.name,
             "task": problem.name,
@@ -196,7 +197,11 @@ def save_adapter(run: Run) -> None:
             "config_hash": run.identity,
         },
     }
-    if isinstance(adapters, WholeModel):
+    if isinstance(problem, Mixture):
+        for i in range(len(problem.parts)):  # what is shared is in each, so that each stands by itself
+            with problem.alone(i) as part:
+                save_peft(adapters, directory / part.name, task_type=part.peft_task_type, fresh=part.fresh, **about)
+    elif isinstance(adapters, WholeModel):
         write = partial(save_pretrained, adapters.model, text.pretrained.tokenizer) if text else None
         save_whole(adapters, directory, write=write, **about)
     elif isinstance(adapters, Wrapped):
