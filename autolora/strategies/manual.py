@@ -25,7 +25,7 @@ from autolora.config import PathLike
 from autolora.errors import DataError, PlanError
 from autolora.files import read_json
 from autolora.plan import RankPlan
-from autolora.strategies.base import Planned, StrategyOptions
+from autolora.strategies.base import Planned, Strategy, StrategyOptions
 
 _FILES = ("ranks.json", "adapter_config.json")
 _PEFT_KEYS = ("peft_type", "target_modules")
@@ -45,10 +45,10 @@ class Options(StrategyOptions):
 
     @field_validator("path")
     @classmethod
-    def _given(cls, path: Path | None) -> Path:
+    def _given(cls, path: Path | None) -> Path | None:
         if path is None:
             raise ValueError("expected the file of a plan: add strategy.path=FILE (ranks.json or adapter_config.json)")
-        return next((path / name for name in _FILES if (path / name).is_file()), path)
+        return find_plan(path)
 
     @model_validator(mode="after")
     def _identify(self) -> Options:
@@ -68,28 +68,38 @@ class Manual(Planned[Options]):
     Options = Options
 
     def plan(self) -> RankPlan:
-        """The plan of the file.
+        """The plan of the file; :func:`plan_in_file`."""
+        return plan_in_file(self, self.options)
 
-        Raises:
-            DataError: if the file cannot be read, or is not the one that was meant.
-            PlanError: if it is a plan for another model, or above the budget.
-        """
-        path, sites = self.options.path, self.largest.sites
-        if path is None:
-            raise PlanError("strategy.path: expected the file of a plan (ranks.json or adapter_config.json), got none")
-        data = read_plan(path)
-        if self.options.fingerprint not in (None, fingerprint_of(path)):
-            raise DataError(f"{path}: the file has changed since it was chosen; give the command again")
-        plan = RankPlan(sites, ranks_for(list(sites), data, path))
-        if self.allowance is not None and plan.cost > self.allowance:
-            room = plan.cost <= self.largest.cost
-            amount = f"params={plan.cost}" if plan.unit == "parameters" else f"rank={max(plan.values())}"
-            enough = f"budget.{amount} (or more)" if room else f"max_rank={max(plan.values())}"
-            raise PlanError(
-                f"{path}: the plan costs {plan.cost:,} {plan.unit} and the budget is {self.allowance:,}: use "
-                f"budget=none, {enough}, or smaller ranks"
-            )
-        return plan
+
+def find_plan(path: Path) -> Path:
+    """The file of the plan in the folder of a run or an adapter, or the path itself."""
+    return next((path / name for name in _FILES if (path / name).is_file()), path)
+
+
+def plan_in_file(strategy: Strategy[Any], options: Options) -> RankPlan:
+    """The plan that a strategy's options name, for its model and within its budget.
+
+    Raises:
+        DataError: if the file cannot be read, or is not the one that was meant.
+        PlanError: if it is a plan for another model, or above the budget.
+    """
+    path, sites, allowance = options.path, strategy.largest.sites, strategy.allowance
+    if path is None:
+        raise PlanError("strategy.path: expected the file of a plan (ranks.json or adapter_config.json), got none")
+    data = read_plan(path)
+    if options.fingerprint not in (None, fingerprint_of(path)):
+        raise DataError(f"{path}: the file has changed since it was chosen; give the command again")
+    plan = RankPlan(sites, ranks_for(list(sites), data, path))
+    if allowance is not None and plan.cost > allowance:
+        room = plan.cost <= strategy.largest.cost
+        amount = f"params={plan.cost}" if plan.unit == "parameters" else f"rank={max(plan.values())}"
+        enough = f"budget.{amount} (or more)" if room else f"max_rank={max(plan.values())}"
+        raise PlanError(
+            f"{path}: the plan costs {plan.cost:,} {plan.unit} and the budget is {allowance:,}: use "
+            f"budget=none, {enough}, or smaller ranks"
+        )
+    return plan
 
 
 def fingerprint_of(path: Path) -> str:

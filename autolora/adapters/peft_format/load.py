@@ -138,6 +138,17 @@ def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
     return adapters
 
 
+def read_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A ``(r, in)`` and B ``(out, r)`` of every module of a stored PEFT LoRA adapter, as they are in the file.
+
+    Raises:
+        DataError: if the file is missing or damaged.
+        TargetError: if it has anything but LoRA on linear modules.
+    """
+    contents = _sort(read_tensors(Path(directory)))
+    return {name: (a, contents.b[name]) for name, a in contents.a.items()}
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 

@@ -1,0 +1,117 @@
+"""Several tasks, one budget: ``python -m autolora.multitask tasks=[mrpc,rte,cola] budget.rank=4``; see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Len
+from pydantic import Strict
+
+from autolora.config import Conflict, Count, GlueName, NonNegative, PathLike, Section, Whole
+from autolora.errors import AutoLoRAError, ConfigError
+from autolora.validate import parse
+
+_HELP = """\
+usage: python -m autolora.multitask tasks=[mrpc,rte,cola] [budget.rank=4] [out=DIR] [key=value ...]
+
+One frozen backbone, adapters for several tasks, and one budget for all of them: measure what each task needs, merge the
+plans, train, and say what sharing does to the tasks.
+
+  tasks=[...]            at least two tasks of GLUE
+  budget.rank=4          as many parameters as uniform rank 4 for each of them; or budget.params=N for all together
+  arms=[separate,isolated,merged]
+                         separate: equal shares, uniform ranks; isolated: merged plans, every task its own components;
+                         merged: one adapter with all these components, trained on all tasks
+  orthogonality=0        isolated: weight of the overlap of a task's A with those of the tasks before it (0: none)
+  probe_steps=200        steps of the training that measures what a task needs, at rank
+  probe_rank=8           everywhere
+  seeds=[0]              one or several
+  out=multitask          plans and multitask.json
+  any other key=value    of python -m autolora.train, for all runs (data.source=local data.dir=DIR, ...)
+
+The same command goes on after an interruption. Exit codes: 0 done, 1 something that can be mended went wrong, 2 the
+command line is wrong, 130 and 143 after Ctrl-C and SIGTERM.
+"""
+
+
+class Settings(Section):
+    """The command line, without what belongs to the runs."""
+
+    tasks: Annotated[tuple[GlueName, ...], Strict(False), Len(2)]
+    arms: Annotated[tuple[Literal["separate", "isolated", "merged"], ...], Strict(False), Len(1)] = (
+        "separate", "isolated", "merged",
+    )  # fmt: skip
+    orthogonality: NonNegative = 0.0
+    probe_steps: Count = 200
+    probe_rank: Count = 8
+    seeds: Annotated[tuple[Whole, ...], Strict(False), Len(1)] = (0,)
+    out: PathLike = Path("multitask")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Everything once."""
+        for key, values in (("tasks", self.tasks), ("arms", self.arms), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                yield Conflict((key,), f"{key}: expected each once, got {', '.join(map(str, values))}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check the command line, then carry out the study.
+
+    Args:
+        argv: arguments in place of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: 1 for an error that the user can mend, 2 if the command line is wrong, 130 after Ctrl-C, 143 after
+            SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(_HELP, end="")
+        return
+    from autolora.signals import Interrupted
+
+    try:
+        _carry_out(arguments)
+    except AutoLoRAError as error:
+        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _carry_out(arguments: Sequence[str]) -> None:
+    own = [argument for argument in arguments if argument.partition("=")[0] in Settings.model_fields]
+    rest = [argument for argument in arguments if argument not in own]
+    settings = parse(Settings, own)
+    if faults := [conflict.message for conflict in settings.conflicts()]:
+        raise ConfigError("\n".join(faults))
+    taken = [argument for argument in rest if argument.partition("=")[0] in ("task", "strategy", "seed", "budget")]
+    if taken:
+        raise ConfigError(f"{', '.join(taken)}: expected tasks=, arms=, seeds= and budget.rank= or budget.params=")
+    budget = [argument for argument in rest if argument.startswith("budget.")]
+    from autolora.multitask.arms import Bench
+    from autolora.multitask.study import print_study, study
+
+    others = [argument for argument in rest if argument not in budget]
+    bench = Bench(settings.tasks, others, budget, settings.orthogonality)
+    bench.config(settings.tasks[0], "strategy=uniform", *budget)  # all faults before anything heavy loads
+    bench.config("mixture", "strategy=uniform", *budget)
+    summary = study(
+        bench,
+        settings.seeds,
+        settings.arms,
+        settings.out,
+        probe_steps=settings.probe_steps,
+        probe_rank=settings.probe_rank,
+    )
+    print_study(summary)
+    print(f"written to {settings.out / 'multitask.json'}")
+
+
+if __name__ == "__main__":
+    main()
