@@ -92,6 +92,19 @@ def require(raw: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def require_strategy(section: Mapping[str, Any]) -> StrategyConfig:
+    """A strategy with its options, from ``{"name": ..., **options}``.
+
+    Raises:
+        ConfigError: with every fault, a line each.
+    """
+    strategy, faults = _strategy(section)
+    if strategy is None:
+        tree = {"strategy": dict(section)}
+        raise ConfigError("\n".join(_line(fault, tree, {}, known_keys(tree)) for fault in faults))
+    return strategy
+
+
 def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
     """The ``key=value ...`` of a small command line, as a model; values are written as in YAML.
 

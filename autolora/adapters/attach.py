@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autolora.adapters.gates import FixedGate, Gate, LearnedGate
 from autolora.adapters.layer import Init, LoRALinear
 from autolora.adapters.linear_like import site_of
-from autolora.adapters.select import Targets, match_modules, match_ranks, select, under
+from autolora.adapters.select import ALL_LINEAR, Targets, match_modules, match_ranks, select, under
 from autolora.adapters.shared import share_inputs
 from autolora.errors import PlanError, TargetError
 from autolora.plan import RankPlan, Site
@@ -357,7 +357,19 @@ def fully_trained_modules(model: nn.Module, settings: AdapterSettings) -> list[s
     """
     if settings.modules_to_save is not None:
         return match_modules(model, settings.modules_to_save, "modules_to_save")
-    return outermost_heads(name for name, _ in model.named_modules())
+    frozen = token_heads(model)
+    return [name for name in outermost_heads(name for name, _ in model.named_modules()) if name not in frozen]
+
+
+def token_heads(model: nn.Module) -> list[str]:
+    """Names of the heads that predict tokens; empty for a classifier.
+
+    They are pretrained, as large as the embeddings and often tied to them: frozen, and no module of "all-linear".
+    """
+    of_tokens = getattr(model, "get_output_embeddings", lambda: None)()  # as models of transformers have it
+    names = [name for name, module in model.named_modules() if module is of_tokens]
+    heads = outermost_heads(name for name, _ in model.named_modules())
+    return [next((head for head in heads if under(name, [head])), name) for name in names]
 
 
 def require_bare(model: nn.Module) -> None:
@@ -377,7 +389,10 @@ def find_sites(model: nn.Module, settings: AdapterSettings) -> dict[str, Site]:
         TargetError: if nothing is selected, a pattern matches nothing, or the model carries adapters already.
     """
     require_bare(model)
-    names = select(model, settings.targets, fully_trained_modules(model, settings))
+    left_alone = fully_trained_modules(model, settings)
+    if settings.targets.targets == ALL_LINEAR:
+        left_alone += token_heads(model)
+    names = select(model, settings.targets, left_alone)
     sites = {name: site for name in names if (site := site_of(model.get_submodule(name))) is not None}
     prices = settings.prices or {}
     return {
