@@ -31,7 +31,12 @@ _TASKS = {
 
 
 def peft_task_type(model: nn.Module) -> str | None:
-    """What PEFT calls the task of a model of transformers, from the name of its class."""
+    """What PEFT calls the task of a model of transformers, from the name of its class.
+
+    ``None`` for models that do not read tokens: what PEFT puts around a model for a task gives it ``input_ids``.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     return next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import tiny_models
-from adapters.tiny_models import BASE, FAMILIES, Shared, inputs_for, output, randomize, snapshot
+from adapters.tiny_models import BASE, FAMILIES, TASKS, Shared, inputs_for, output, randomize, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -29,7 +29,6 @@ from autolora.errors import BackboneError, DataError, DiskFullError, TargetError
 from autolora.plan import RankPlan
 
 MAX_RANK = 3
-TEXT = [family for family in FAMILIES if family not in ("vit", "t5_encoder")]
 
 
 def make(family: str) -> nn.Module:
@@ -43,7 +42,7 @@ def make(family: str) -> nn.Module:
 
 
 def task_type(family: str) -> str | None:
-    return "SEQ_CLS" if family in TEXT else None
+    return TASKS.get(family, "SEQ_CLS")
 
 
 def trained(model: nn.Module, batch: dict[str, Tensor], **settings: Any) -> Adapters:
@@ -314,6 +313,11 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "bias_lora": ("distilbert", {"r": 2, "target_modules": ["q_lin"], "bias": "lora_only", "task_type": "SEQ_CLS"}),
     "no_task": ("vit", {"r": 2, "target_modules": ["attention.q_proj"], "modules_to_save": ["classifier"]}),
     "encoder": ("t5_encoder", {"r": 2, "target_modules": ["q", "v"], "modules_to_save": ["wo"]}),
+    "whisper": ("whisper", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "fc1"]}),
+    "audio": ("whisper_audio", {"r": 2, "target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+    "seq2seq": ("t5", {"r": 3, "target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}),
+    "causal": ("llama_lm", {"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "causal_conv1d": ("gpt2_lm", {"target_modules": "all-linear", "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}),
     "gaussian": ("llama", {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
 }  # fmt: skip
 

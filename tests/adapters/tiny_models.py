@@ -45,6 +45,25 @@ GPT2 = {
     "attn_pdrop": 0.0,
 }
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+WHISPER = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+    "max_target_positions": 16,
+    "classifier_proj_size": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "num_labels": 3,
+}
 VIT = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -80,7 +99,18 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, str | None]] = {
     "llama": (lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**LLAMA)), 14, "score"),
     "t5_encoder": (lambda: hf.T5EncoderModel(hf.T5Config(**T5)), 12, None),
     "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)), 12, "classifier"),
+    "whisper_audio": (lambda: hf.WhisperForAudioClassification(hf.WhisperConfig(**WHISPER)), 13, "classifier"),
+    # What predicts tokens has a head that is neither adapted nor trained.
+    "whisper": (lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)), 32, None),
+    "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)), 32, None),
+    "gpt2_lm": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), 8, None),
+    "llama_lm": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), 14, None),
 }
+TASKS = {
+    "vit": None, "t5_encoder": None, "whisper_audio": None, "whisper": None, "t5": "SEQ_2_SEQ_LM",
+    "gpt2_lm": "CAUSAL_LM", "llama_lm": "CAUSAL_LM",
+}  # fmt: skip
+"""What PEFT calls the task of a family; that of the others is ``SEQ_CLS``."""
 
 
 def make(family: str, seed: int = 0) -> nn.Module:
@@ -94,7 +124,18 @@ def inputs_for(family: str, rows: int = 3) -> dict[str, Tensor]:
     if family == "vit":
         return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
     ids = torch.randint(1, 64, (rows, 7), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.startswith("whisper"):
+        sound = {"input_features": torch.randn(rows, 8, 20, generator=generator)}
+        return sound if family == "whisper_audio" else sound | {"decoder_input_ids": ids}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch | {"decoder_input_ids": ids.flip(1)} if family == "t5" else batch
+
+
+def labels_for(family: str, rows: int = 3) -> Tensor:
+    """Classes of the rows, or tokens to predict."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = family in ("whisper", "t5", "gpt2_lm", "llama_lm")
+    return torch.randint(1, 64, (rows, 7), generator=generator) if tokens else torch.arange(rows) % 3
 
 
 def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
