@@ -49,7 +49,7 @@ WHISPER = {
     "vocab_size": 64,
     "d_model": 16,
     "encoder_layers": 2,
-    "decoder_layers": 2,
+    "decoder_layers": 1,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 24,
@@ -101,8 +101,12 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, str | None]] = {
     "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)), 12, "classifier"),
     "whisper_audio": (lambda: hf.WhisperForAudioClassification(hf.WhisperConfig(**WHISPER)), 13, "classifier"),
     # What predicts tokens has a head that is neither adapted nor trained.
-    "whisper": (lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)), 32, None),
-    "t5": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)), 32, None),
+    "whisper": (lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)), 22, None),
+    "t5": (
+        lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, num_decoder_layers=1, decoder_start_token_id=0)),
+        22,
+        None,
+    ),
     "gpt2_lm": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), 8, None),
     "llama_lm": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), 14, None),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapters.tiny_models import inputs_for, labels_for, make, output
 from safetensors.torch import load_file
 from strategies.checks import assert_accumulation_of_2_is_one_double_batch, pair_of
 from strategies.checks import run as run_small
+from strategies.handloop import fit
 from test_resume import Stopper, interrupted_run, outcome, stopper  # noqa: F401  fixture
 from test_run import configure, directory_of, sst2  # noqa: F401  fixtures
 from torch import Tensor, nn
 
 from autolora.adapters import AdapterSettings, compact
 from autolora.compose import compose
+from autolora.errors import TargetError
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.paths import config_root
 from autolora.plan import Budget
@@ -46,6 +50,7 @@ RANKED = sorted({*NAMES} - OUTSIDE - {"manual", "autolora_paper"})
 """``manual`` needs a plan, and ``autolora_paper`` query and value, which the small task has not."""
 CHOOSES_LATE = {"adalora", "autolora", "autolora_bilevel", "dynamic_growth", "sora", "svd_truncate"}
 """Ranks settle while training goes on; those of the others before it, or (searches) after it."""
+WITHOUT_BIASES = {("bitfit", "t5"), ("bitfit", "llama_lm")}
 SMALLER: dict[str, tuple[str, ...]] = {
     "rl_search": ("strategy.evaluations=6",),
     "evolution": ("strategy.evaluations=6",),
@@ -122,6 +127,40 @@ def test_once_settled_nothing_is_chosen_any_more_and_training_computes_what_is_e
         assert plans == []
     else:
         assert len(plans) == 40
+
+
+@pytest.mark.parametrize("family", ["vit", "whisper", "t5", "gpt2_lm", "llama_lm"])
+@pytest.mark.parametrize("name", [*RANKED, "bitfit", "full"])
+def test_every_family_ends_within_the_budget_and_compact(name: str, family: str) -> None:
+    few = ["strategy.evaluations=3"] if name in DRAWN else []
+    options = compose([f"strategy={name}", *few]).strategy.options
+    strategy = strategy_of(name, options, budget=Budget(rank=1.5) if name in RANKED else Budget(), max_rank=3)
+    if (name, family) in WITHOUT_BIASES:
+        with pytest.raises(TargetError, match="no biases"):
+            strategy.attach(make(family), AdapterSettings())
+        return
+    inputs, labels = inputs_for(family), labels_for(family)
+    batches = itertools.repeat({**inputs, "labels": labels})
+    model = make(family)
+    bare, before = of_the_base(model.state_dict(), set()), float(model(**next(batches)).loss.detach())
+    fitted = fit(strategy, model, batches, batches, steps=8, lr=3e-2, loss_fn=lambda model, batch: model(**batch).loss)
+    adapters, plan = fitted.adapters, fitted.plan
+    assert float(model.eval()(**next(batches)).loss) < before
+    own = {id(p) for p in [*adapters.also_trained, *adapters.head_parameters()]}
+    trained = {bare_name(key) for key, p in model.named_parameters() if id(p) in own}
+    now = of_the_base(model.state_dict(), trained)
+    common = [key for key in bare if key in now and name not in TRAINS_THE_BASE]
+    assert len(common) >= 10 or name in TRAINS_THE_BASE
+    assert [key for key in common if not torch.equal(bare[key], now[key])] == []
+    if name in RANKED:
+        assert strategy.allowance is not None
+        assert 0 < plan.params <= strategy.allowance
+    assert adapters.active_plan() == plan
+    with torch.no_grad():
+        masked = output(model, inputs)
+        compact(adapters)
+        torch.testing.assert_close(output(model, inputs), masked, rtol=0, atol=1e-5)
+    assert adapters.count()["adapter"] == plan.params
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
