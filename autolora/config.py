@@ -28,7 +28,15 @@ from pydantic_core import PydanticCustomError
 
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 BackboneName = Literal[
-    "minilm", "roberta_base", "bert_base", "deberta_v3_base", "distilbert", "electra_small", "custom", "none"
+    "minilm",
+    "roberta_base",
+    "bert_base",
+    "deberta_v3_base",
+    "distilbert",
+    "electra_small",
+    "digits_vit",
+    "custom",
+    "none",
 ]
 DEFAULT_SCALE = 2.0
 
@@ -127,6 +135,18 @@ class MixtureConfig(Section):
         if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
             message = f"task.tasks: expected at least two tasks, each once, got {', '.join(self.tasks) or 'none'}"
             yield Conflict(("task.tasks",), message)
+
+
+class DigitsConfig(Section):
+    """scikit-learn's digits; see ``autolora.tasks.digits``."""
+
+    name: Literal["digits"] = "digits"
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """scikit-learn has to be there, which has the rows."""
+        if importlib.util.find_spec("sklearn") is None:
+            message = "task=digits: scikit-learn is not installed: pip install 'autolora[digits]'"
+            yield Conflict(("task.name",), message)
 
 
 class DataConfig(Section):
@@ -433,7 +453,7 @@ class RunConfig(Section):
     force: bool = False
     retrain: Literal["none", "found", "permuted", "uniform"] = "none"
     retrain_on: Literal["fit", "all"] = "fit"
-    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig | MixtureConfig = Field(
+    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig | MixtureConfig | DigitsConfig = Field(
         default=GlueTaskConfig(name="mnli"), discriminator="name"
     )
     data: DataConfig = DataConfig()
@@ -475,6 +495,7 @@ class RunConfig(Section):
             yield Conflict(("run_root",), f"run_root={self.run_root}: expected a folder, got a file")
         if isinstance(self.logger, WandbConfig) and importlib.util.find_spec("wandb") is None:
             yield Conflict(("logger.name",), "logger=wandb: wandb is not installed: pip install wandb, or logger=csv")
+        yield from self._other_modality()
         if not planted and self.backbone.name == "none":
             yield Conflict(("task.name", "backbone.name"), f"backbone=none: task={self.task.name} needs a model")
 
@@ -486,6 +507,25 @@ class RunConfig(Section):
         if not self.budget.enabled:
             message = f"rank_multiple={self.rank_multiple}: expected a budget, which is spent in multiples"
             yield Conflict(("rank_multiple", "budget.enabled"), message)
+
+    def _other_modality(self) -> Iterator[Conflict]:
+        """Models of images read images, and where they are from is no choice."""
+        keys = ("task.name", "backbone.name")
+        name, digits = self.backbone.name, isinstance(self.task, DigitsConfig)
+        if name == "digits_vit" and not digits:
+            yield Conflict(
+                keys, f"backbone=digits_vit: it reads digits, and task={self.task.name} has none: name another"
+            )
+        if digits and name not in ("digits_vit", "custom", "none"):
+            message = (
+                f"backbone={name}: task=digits has images, not text: leave the backbone out, or name an image model "
+                "with backbone=custom backbone.id=ORG/NAME"
+            )
+            yield Conflict(keys, message)
+        if digits and (self.data.source != "auto" or self.data.dir is not None):
+            yield Conflict(
+                ("task.name", "data.source", "data.dir"), "task=digits brings its rows: leave data.source, dir out"
+            )
 
     def _without_heldout(self) -> Iterator[Conflict]:
         """Who trains on the held-out rows has none left to choose by."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from autolora.config import GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section
+from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section
 from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
 from autolora.files import read_json, replacing_directory, writing
 from autolora.results import RunDirectory
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from autolora.backbones import Modality
+
 _HELP = """\
 usage: {program} run=DIR out=DIR [format=peft|merged] [backbone.path=DIR]
 
@@ -32,7 +34,8 @@ Take the trained adapter out of the run directory of a complete run.
   out=DIR         a folder that is not there yet, or empty
   format=peft     the adapter, that peft.PeftModel.from_pretrained loads (the default)
   format=merged   the whole model, the adapter merged into its weights, that
-                  transformers.AutoModelForSequenceClassification.from_pretrained loads without PEFT or AutoLoRA
+                  transformers.AutoModelForSequenceClassification (images: AutoModelForImageClassification)
+                  loads without PEFT or AutoLoRA
   backbone.path=DIR   where the pretrained model is now, if it is not where the run has found it
 
 strategy=full has the second only, strategy=prompt and strategy=prefix have the first only.
@@ -106,7 +109,7 @@ def export(settings: Settings) -> str:
     with writing(out):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
-    from autolora.backbones import save_pretrained
+    from autolora.backbones import classifier_class, save_pretrained
 
     trained, tokenizer = load(cfg, kind, directory.adapter)
     with replacing_directory(out) as folder:
@@ -114,10 +117,9 @@ def export(settings: Settings) -> str:
             for file in directory.adapter.iterdir():
                 shutil.copyfile(file, folder / file.name)
         else:
-            assert tokenizer is not None
             with _plain(trained, kind) as model:
                 save_pretrained(model, tokenizer, folder)
-    loader = "peft.PeftModel" if settings.format == "peft" else "transformers.AutoModelForSequenceClassification"
+    loader = "peft.PeftModel" if settings.format == "peft" else f"transformers.{classifier_class(_modality(cfg))}"
     return f"written to {out}; load it with {loader}.from_pretrained"
 
 
@@ -173,7 +175,7 @@ def kind_of(directory: RunDirectory) -> str:
 def _refuse(cfg: RunConfig, kind: str, form: str) -> None:
     """What cannot be had in a format."""
     strategy = f"strategy={cfg.strategy.name}"
-    if kind == "MODEL" and not isinstance(cfg.task, GlueTaskConfig):
+    if kind == "MODEL" and not isinstance(cfg.task, GlueTaskConfig | DigitsConfig):
         raise DataError(
             f"task={cfg.task.name}, {strategy}: no library loads this model: adapter/ of the run has its state"
         )
@@ -205,12 +207,16 @@ def load(cfg: RunConfig, kind: str, folder: Path) -> tuple[Any, PreTrainedTokeni
     from autolora.backbones import load_pretrained
 
     if kind == "MODEL":
-        whole, its_tokenizer = load_pretrained(folder)
+        whole, its_tokenizer = load_pretrained(folder, _modality(cfg))
         if fingerprint(whole) != (read_sidecar(folder) or {})["fingerprint"]["hashes"]:
             raise DataError(f"{folder}: the weights are not those of the run; run again with force=true")
         return whole, its_tokenizer
     model, tokenizer = build_model(cfg)
     return (load_wrapped if kind in _BY_PEFT else load_peft)(model, folder), tokenizer
+
+
+def _modality(cfg: RunConfig) -> Modality | None:
+    return "image" if isinstance(cfg.task, DigitsConfig) else None
 
 
 @contextmanager

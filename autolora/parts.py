@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolora.config import GlueTaskConfig, MixtureConfig, PlantedConfig, RunConfig
+from autolora.config import DigitsConfig, GlueTaskConfig, MixtureConfig, PlantedConfig, RunConfig
 from autolora.errors import PlanError
 from autolora.plan import Budget
 
 if TYPE_CHECKING:
     from autolora.adapters import AdapterSettings
+    from autolora.backbones import Modality
     from autolora.strategies.base import Strategy
     from autolora.tasks.glue import GlueTask
+    from autolora.tasks.records import Arrays
     from autolora.training.problem import Problem
 
 
@@ -30,7 +32,9 @@ def seed_for(seed: int, stream: str) -> int:
 
 def make_problem(cfg: RunConfig) -> Problem:
     """Read the data of the configured task; the model is loaded later, by ``build``."""
-    return _planted_problem(cfg, cfg.task) if isinstance(cfg.task, PlantedConfig) else _text_problem(cfg)
+    if isinstance(cfg.task, PlantedConfig):
+        return _planted_problem(cfg, cfg.task)
+    return _digits_problem(cfg) if isinstance(cfg.task, DigitsConfig) else _text_problem(cfg)
 
 
 def _planted_problem(cfg: RunConfig, task: PlantedConfig) -> Problem:
@@ -52,13 +56,75 @@ def _digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _digits_problem(cfg: RunConfig) -> Problem:
+    """scikit-learn's digits for a vision transformer."""
+    from autolora.tasks import digits
+
+    splits = digits.adaptation()
+    say("data: the digits 5 to 9 that scikit-learn carries")
+    if cfg.backbone.name == "digits_vit" and cfg.backbone.path is None:
+        say("model: a vision transformer pretrained on the digits 0 to 4, made now if it is not in the cache")
+    return _array_problem(cfg, digits.TASK, splits, "bundled", "image")
+
+
+def _array_problem(
+    cfg: RunConfig, task: GlueTask, splits: dict[str, Arrays], source: str, modality: Modality
+) -> Problem:
+    """A task whose rows are arrays."""
+    from autolora.tasks.digits import fingerprint, pixel_values
+    from autolora.tasks.splits import hold_out, subsample
+    from autolora.training.arrays import ArrayProblem
+
+    data, seed, data_hash = cfg.data, seed_for(cfg.seed, "data"), fingerprint(splits)
+    train = splits.pop("train")
+    if data.max_train is not None:
+        train = subsample(train, data.max_train, seed)
+    fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
+
+    def prepare(model: Any) -> Any:
+        return lambda images: pixel_values(images, model.config.image_size, model.config.num_channels)
+
+    return ArrayProblem(
+        task,
+        {"fit": fit_rows, "heldout": heldout, **splits},
+        source=source,
+        fingerprint=data_hash,
+        modality=modality,
+        prepare=prepare,
+        **_of_backbone(cfg),
+    )
+
+
+def _of_backbone(cfg: RunConfig) -> dict[str, Any]:
+    """What problems on a pretrained model are told of it, and of their batches and seeds."""
+    from autolora.backbones import locate, weights_fingerprint
+    from autolora.paths import cache_root
+    from autolora.training.text import TextSettings
+
+    data, weights = cfg.data, cfg.backbone.weights
+    return {
+        "backbone": cfg.backbone.label,
+        "backbone_fingerprint": weights_fingerprint(locate(**weights).directory),
+        "weights": weights,
+        "settings": TextSettings(
+            batch_size=data.batch_size,
+            eval_batch_size=data.eval_batch_size,
+            max_length=data.max_length,
+            num_workers=data.num_workers,
+            cache_dir=data.cache_dir or cache_root() / "tokens",
+            data_seed=seed_for(cfg.seed, "data"),
+            head_seed=seed_for(cfg.seed, "head"),
+        ),
+    }
+
+
 def _text_problem(cfg: RunConfig) -> Problem:
     """A task on text: one of GLUE, several of them, or planted ranks with the sentences of one."""
     from autolora.tasks.glue import GLUE
     from autolora.training.text import TextProblem
 
     task = cfg.task
-    assert not isinstance(task, PlantedConfig)
+    assert not isinstance(task, PlantedConfig | DigitsConfig)
     if isinstance(task, MixtureConfig):
         from autolora.training.mixture import Mixture
 
@@ -77,11 +143,8 @@ def _text_problem(cfg: RunConfig) -> Problem:
 
 def _text_arguments(cfg: RunConfig, glue: GlueTask) -> dict[str, Any]:
     """The rows of a task, and everything else that a problem on text is made of."""
-    from autolora.backbones import locate, weights_fingerprint
-    from autolora.paths import cache_root
     from autolora.tasks.sources import fingerprint, load, resolve, size_notes
     from autolora.tasks.splits import hold_out, subsample
-    from autolora.training.text import TextSettings
 
     data = cfg.data
     resolved = resolve(data.source, glue, data.dir)
@@ -96,24 +159,12 @@ def _text_arguments(cfg: RunConfig, glue: GlueTask) -> dict[str, Any]:
     if data.max_train is not None:
         train = subsample(train, data.max_train, seed)
     fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
-    weights = cfg.backbone.weights
     return {
         "splits": {"fit": fit_rows, "heldout": heldout, **splits},
         "source": resolved.kind,
         "fingerprint": data_hash,
         "data_notes": notes,
-        "backbone": cfg.backbone.label,
-        "backbone_fingerprint": weights_fingerprint(locate(**weights).directory),
-        "weights": weights,
-        "settings": TextSettings(
-            batch_size=data.batch_size,
-            eval_batch_size=data.eval_batch_size,
-            max_length=data.max_length,
-            num_workers=data.num_workers,
-            cache_dir=data.cache_dir or cache_root() / "tokens",
-            data_seed=seed,
-            head_seed=seed_for(cfg.seed, "head"),
-        ),
+        **_of_backbone(cfg),
     }
 
 

@@ -202,7 +202,7 @@ def save_adapter(run: Run) -> None:
             with problem.alone(i) as part:
                 save_peft(adapters, directory / part.name, task_type=part.peft_task_type, fresh=part.fresh, **about)
     elif isinstance(adapters, WholeModel):
-        write = partial(save_pretrained, adapters.model, text.pretrained.tokenizer) if text else None
+        write = partial(save_pretrained, adapters.model, text.tokenizer) if text else None
         save_whole(adapters, directory, write=write, **about)
     elif isinstance(adapters, Wrapped):
         save_wrapped(adapters, directory, fresh=problem.fresh, **about)

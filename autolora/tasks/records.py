@@ -1,9 +1,12 @@
-"""One split of a text task, as plain Python columns. No torch."""
+"""One split of a task, as plain columns. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,30 @@ class Split:
             labels=[self.labels[i] for i in rows],
             ids=[self.ids[i] for i in rows],
         )
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Rows of one split of a task on images or sound.
+
+    ``inputs`` are what was recorded, float32, ``(rows, ...)``; ``labels`` and ``ids`` as in :class:`Split`.
+    """
+
+    inputs: NDArray[np.float32]
+    labels: list[int]
+    ids: list[int]
+
+    def __post_init__(self) -> None:
+        assert len(self.inputs) == len(self.labels) == len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __add__(self, other: Arrays) -> Arrays:
+        """The rows of both."""
+        inputs = np.concatenate([self.inputs, other.inputs])
+        return Arrays(inputs, self.labels + other.labels, self.ids + other.ids)
+
+    def take(self, rows: Sequence[int]) -> Arrays:
+        """The rows at these positions, in this order."""
+        return Arrays(self.inputs[list(rows)], [self.labels[i] for i in rows], [self.ids[i] for i in rows])

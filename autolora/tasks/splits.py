@@ -10,14 +10,17 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 from autolora.errors import DataError
-from autolora.tasks.records import Split
+from autolora.tasks.records import Arrays, Split
+
+RowsT = TypeVar("RowsT", Split, Arrays)
 
 _QUANTILES = 10
 
 
-def subsample(split: Split, n: int, seed: int, stratify: bool = True) -> Split:
+def subsample(split: RowsT, n: int, seed: int, stratify: bool = True) -> RowsT:
     """``n`` rows of a split (``data.max_train``), in their original order; all of them if it has no more than ``n``.
 
     Args:
@@ -38,7 +41,7 @@ def subsample(split: Split, n: int, seed: int, stratify: bool = True) -> Split:
     return split.take(_draw(strata, n, random.Random(f"subsample-{seed}")))
 
 
-def hold_out(split: Split, fraction: float, max_rows: int | None, seed: int) -> tuple[Split, Split]:
+def hold_out(split: RowsT, fraction: float, max_rows: int | None, seed: int) -> tuple[RowsT, RowsT]:
     """Cut a stratified slice off a training split: ``(fit, heldout)``, disjoint, together the split, in order.
 
     The slice has ``fraction`` of the rows but at most ``max_rows``, and at least one row of every class (for scores:
@@ -70,7 +73,7 @@ def hold_out(split: Split, fraction: float, max_rows: int | None, seed: int) -> 
     return split.take([i for i in range(len(split)) if i not in chosen]), split.take(held)
 
 
-def _counts(split: Split) -> str:
+def _counts(split: Split | Arrays) -> str:
     if any(isinstance(label, float) for label in split.labels):
         return "scores"
     return ", ".join(f"class {label}: {count}" for label, count in sorted(Counter(split.labels).items())) or "none"

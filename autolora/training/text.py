@@ -22,6 +22,8 @@ from autolora.training.data import FIT, HELDOUT, TextDataModule
 from autolora.training.problem import Outputs, Problem, Scores
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from autolora.backbones import Backbone
 
 
@@ -105,6 +107,11 @@ class TextProblem(Problem):
             cache_dir=settings.cache_dir,
             regression=self.task.regression,
         )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """What makes tokens of its rows, from :meth:`build` on; ``None`` where they are no text."""
+        return self.pretrained.tokenizer
 
     @property
     def notes(self) -> list[str]:
