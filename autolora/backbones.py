@@ -69,6 +69,7 @@ BACKBONES: dict[str, Pretrained] = {
     "deberta_v3_base": Pretrained("microsoft/deberta-v3-base"),
     "distilbert": Pretrained("distilbert/distilbert-base-uncased"),
     "electra_small": Pretrained("google/electra-small-discriminator"),
+    "whisper_tiny": Pretrained("openai/whisper-tiny"),
 }
 DIGITS_VIT = "digits_vit"
 """The one that the package makes itself (:mod:`autolora.tasks.digits_vit`)."""

@@ -35,6 +35,7 @@ BackboneName = Literal[
     "distilbert",
     "electra_small",
     "digits_vit",
+    "whisper_tiny",
     "custom",
     "none",
 ]
@@ -147,6 +148,14 @@ class DigitsConfig(Section):
         if importlib.util.find_spec("sklearn") is None:
             message = "task=digits: scikit-learn is not installed: pip install 'autolora[digits]'"
             yield Conflict(("task.name",), message)
+
+
+class SpeechConfig(Section):
+    """Spoken words; see ``autolora.tasks.speech``. Without ``words``, all that there are."""
+
+    name: Literal["speech_commands"] = "speech_commands"
+    words: Annotated[tuple[Text, ...], Strict(False), Len(2)] | None = None
+    seconds: Positive = 1.0
 
 
 class DataConfig(Section):
@@ -453,7 +462,7 @@ class RunConfig(Section):
     force: bool = False
     retrain: Literal["none", "found", "permuted", "uniform"] = "none"
     retrain_on: Literal["fit", "all"] = "fit"
-    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig | MixtureConfig | DigitsConfig = Field(
+    task: GlueTaskConfig | PlantedConfig | PlantedEncoderConfig | MixtureConfig | DigitsConfig | SpeechConfig = Field(
         default=GlueTaskConfig(name="mnli"), discriminator="name"
     )
     data: DataConfig = DataConfig()
@@ -522,6 +531,20 @@ class RunConfig(Section):
                 "with backbone=custom backbone.id=ORG/NAME"
             )
             yield Conflict(keys, message)
+        speech = isinstance(self.task, SpeechConfig)
+        if speech and name not in ("whisper_tiny", "custom") and self.backbone.path is None:
+            message = (
+                f"backbone={name}: task=speech_commands has sound, not text: leave the backbone out, or name a model "
+                "of speech with backbone.id=ORG/NAME"
+            )
+            yield Conflict(keys, message)
+        if speech and self.data.source not in ("auto", "local"):
+            message = (
+                f"data.source={self.data.source}: task=speech_commands reads a folder: leave it out, give data.dir=DIR"
+            )
+            yield Conflict(("task.name", "data.source"), message)
+        if name == "whisper_tiny" and not speech:
+            yield Conflict(keys, f"backbone=whisper_tiny: it hears, and task={self.task.name} is silent: name another")
         if digits and (self.data.source != "auto" or self.data.dir is not None):
             yield Conflict(
                 ("task.name", "data.source", "data.dir"), "task=digits brings its rows: leave data.source, dir out"

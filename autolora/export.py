@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section
+from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section, SpeechConfig
 from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
 from autolora.files import read_json, replacing_directory, writing
 from autolora.results import RunDirectory
@@ -175,7 +175,7 @@ def kind_of(directory: RunDirectory) -> str:
 def _refuse(cfg: RunConfig, kind: str, form: str) -> None:
     """What cannot be had in a format."""
     strategy = f"strategy={cfg.strategy.name}"
-    if kind == "MODEL" and not isinstance(cfg.task, GlueTaskConfig | DigitsConfig):
+    if kind == "MODEL" and not isinstance(cfg.task, GlueTaskConfig) and _modality(cfg) is None:
         raise DataError(
             f"task={cfg.task.name}, {strategy}: no library loads this model: adapter/ of the run has its state"
         )
@@ -211,11 +211,25 @@ def load(cfg: RunConfig, kind: str, folder: Path) -> tuple[Any, PreTrainedTokeni
         if fingerprint(whole) != (read_sidecar(folder) or {})["fingerprint"]["hashes"]:
             raise DataError(f"{folder}: the weights are not those of the run; run again with force=true")
         return whole, its_tokenizer
-    model, tokenizer = build_model(cfg)
+    model, tokenizer = build_model(cfg) if _modality(cfg) is None else (_of_labels(cfg, folder), None)
     return (load_wrapped if kind in _BY_PEFT else load_peft)(model, folder), tokenizer
 
 
+def _of_labels(cfg: RunConfig, folder: Path) -> nn.Module:
+    """The backbone of a run on images or sound, with a head for the labels that its adapter names."""
+    from autolora.adapters.peft_format import read_sidecar
+    from autolora.backbones import load_classifier
+    from autolora.parts import seed_for
+
+    modality, labels = _modality(cfg), (read_sidecar(folder) or {})["run"]["labels"]
+    assert modality is not None
+    return load_classifier(modality, **cfg.backbone.weights, labels=labels, head_seed=seed_for(cfg.seed, "head"))[0]
+
+
 def _modality(cfg: RunConfig) -> Modality | None:
+    """What the model of a run reads, if that is no text."""
+    if isinstance(cfg.task, SpeechConfig):
+        return "audio"
     return "image" if isinstance(cfg.task, DigitsConfig) else None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autolora.config import DigitsConfig, GlueTaskConfig, MixtureConfig, PlantedConfig, RunConfig
-from autolora.errors import PlanError
+from autolora.config import DigitsConfig, GlueTaskConfig, MixtureConfig, PlantedConfig, RunConfig, SpeechConfig
+from autolora.errors import DataError, PlanError
 from autolora.plan import Budget
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autolora.strategies.base import Strategy
     from autolora.tasks.glue import GlueTask
     from autolora.tasks.records import Arrays
+    from autolora.training.arrays import Prepare
     from autolora.training.problem import Problem
 
 
@@ -34,7 +35,9 @@ def make_problem(cfg: RunConfig) -> Problem:
     """Read the data of the configured task; the model is loaded later, by ``build``."""
     if isinstance(cfg.task, PlantedConfig):
         return _planted_problem(cfg, cfg.task)
-    return _digits_problem(cfg) if isinstance(cfg.task, DigitsConfig) else _text_problem(cfg)
+    if isinstance(cfg.task, DigitsConfig):
+        return _digits_problem(cfg)
+    return _speech_problem(cfg, cfg.task) if isinstance(cfg.task, SpeechConfig) else _text_problem(cfg)
 
 
 def _planted_problem(cfg: RunConfig, task: PlantedConfig) -> Problem:
@@ -64,14 +67,40 @@ def _digits_problem(cfg: RunConfig) -> Problem:
     say("data: the digits 5 to 9 that scikit-learn carries")
     if cfg.backbone.name == "digits_vit" and cfg.backbone.path is None:
         say("model: a vision transformer pretrained on the digits 0 to 4, made now if it is not in the cache")
-    return _array_problem(cfg, digits.TASK, splits, "bundled", "image")
+
+    def prepare(model: Any) -> Prepare:
+        return lambda images: digits.pixel_values(images, model.config.image_size, model.config.num_channels)
+
+    return _array_problem(cfg, digits.TASK, splits, "bundled", "image", prepare)
+
+
+def _speech_problem(cfg: RunConfig, task: SpeechConfig) -> Problem:
+    """Spoken words for an encoder of speech."""
+    from autolora.backbones import locate
+    from autolora.tasks import speech
+
+    if cfg.data.dir is None:
+        raise DataError("task=speech_commands: expected data.dir=DIR with a folder of WAV files for each word")
+    say(f"data: the words in {cfg.data.dir}")
+    told, splits = speech.load(cfg.data.dir, task.words, task.seconds)
+    directory = locate(**cfg.backbone.weights).directory
+
+    def prepare(model: Any) -> Prepare:
+        return speech.features(directory, str(model.main_input_name))
+
+    return _array_problem(cfg, told, splits, "local", "audio", prepare)
 
 
 def _array_problem(
-    cfg: RunConfig, task: GlueTask, splits: dict[str, Arrays], source: str, modality: Modality
+    cfg: RunConfig,
+    task: GlueTask,
+    splits: dict[str, Arrays],
+    source: str,
+    modality: Modality,
+    prepare: Callable[[Any], Prepare],
 ) -> Problem:
     """A task whose rows are arrays."""
-    from autolora.tasks.digits import fingerprint, pixel_values
+    from autolora.tasks.records import fingerprint
     from autolora.tasks.splits import hold_out, subsample
     from autolora.training.arrays import ArrayProblem
 
@@ -80,9 +109,6 @@ def _array_problem(
     if data.max_train is not None:
         train = subsample(train, data.max_train, seed)
     fit_rows, heldout = hold_out(train, data.heldout, data.max_heldout, seed)
-
-    def prepare(model: Any) -> Any:
-        return lambda images: pixel_values(images, model.config.image_size, model.config.num_channels)
 
     return ArrayProblem(
         task,
@@ -124,7 +150,7 @@ def _text_problem(cfg: RunConfig) -> Problem:
     from autolora.training.text import TextProblem
 
     task = cfg.task
-    assert not isinstance(task, PlantedConfig | DigitsConfig)
+    assert not isinstance(task, PlantedConfig | DigitsConfig | SpeechConfig)
     if isinstance(task, MixtureConfig):
         from autolora.training.mixture import Mixture
 

@@ -197,6 +197,8 @@ def save_adapter(run: Run) -> None:
             "config_hash": run.identity,
         },
     }
+    if text is not None and text.tokenizer is None:
+        about["metadata"]["labels"] = list(text.task.labels or ())
     if isinstance(problem, Mixture):
         for i in range(len(problem.parts)):  # what is shared is in each, so that each stands by itself
             with problem.alone(i) as part:

@@ -22,6 +22,8 @@ CHOICES = [(path.parent.name, path.stem) for path in sorted(config_root().glob("
 NEEDS = {
     ("backbone", "custom"): ["backbone.id=org/model"],
     ("backbone", "none"): ["task=planted"],
+    ("backbone", "digits_vit"): ["task=digits"],
+    ("backbone", "whisper_tiny"): ["task=speech_commands"],
     ("strategy", "manual"): ["strategy.path=ranks.json", "strategy.fingerprint=known"],
 }
 
@@ -172,7 +174,7 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("strategy=autolara", "strategy=autolara: unknown strategy 'autolara'; did you mean 'autolora'? (available: "),
         (
             "task=mnlli",
-            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, mnli, mnli_5k, mrpc, planted, ",
+            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, digits, mnli, mnli_5k, mrpc, ",
         ),
         ("backbone=gpt5", "backbone=gpt5: unknown backbone 'gpt5' (available: bert_base, custom, "),
         ("budget=null", "budget=null: unknown budget 'null' (available: default, none)"),

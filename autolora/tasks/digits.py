@@ -7,7 +7,6 @@ quarter of the digits 5 to 9, the same for every seed, is dev.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,15 +38,6 @@ def adaptation() -> dict[str, Arrays]:
     labelled = Arrays(new.inputs, [label - _FIRST_NEW for label in new.labels], new.ids)
     train, dev = hold_out(labelled, _DEV_SHARE, None, seed=0)
     return {"train": train, "dev": dev}
-
-
-def fingerprint(splits: dict[str, Arrays]) -> str:
-    """A hash of all rows."""
-    digest = hashlib.sha256()
-    for name, rows in splits.items():
-        digest.update(f"{name} {rows.ids} {rows.labels}".encode())
-        digest.update(np.ascontiguousarray(rows.inputs).tobytes())
-    return digest.hexdigest()[:12]
 
 
 def pixel_values(images: np.ndarray, size: int, channels: int) -> Tensor:

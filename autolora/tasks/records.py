@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,3 +78,12 @@ class Arrays:
     def take(self, rows: Sequence[int]) -> Arrays:
         """The rows at these positions, in this order."""
         return Arrays(self.inputs[list(rows)], [self.labels[i] for i in rows], [self.ids[i] for i in rows])
+
+
+def fingerprint(splits: Mapping[str, Arrays]) -> str:
+    """A hash of all rows."""
+    digest = hashlib.sha256()
+    for name, rows in splits.items():
+        digest.update(f"{name} {rows.ids} {rows.labels}".encode())
+        digest.update(np.ascontiguousarray(rows.inputs).tobytes())
+    return digest.hexdigest()[:12]

@@ -58,13 +58,13 @@ def dev_accuracy(model: Any) -> float:
 
 
 def test_a_run_is_complete_and_its_exports_have_its_accuracy(configure: Configure, tmp_path: Path) -> None:
-    cfg = configure("strategy=autolora")
+    cfg = configure("strategy=autolora", f"run_root={tmp_path / 'runs'}")
     result = run_one(cfg)
     assert (result.status, result.task, result.backbone) == ("complete", "digits", "digits_vit")
-    (path,) = Path(cfg.run_root).iterdir()
+    (path,) = cfg.run_root.iterdir()
     directory = RunDirectory(path)
     rows = list(csv.DictReader(directory.predictions.open(newline="")))
-    assert [int(row["row"]) for row in rows] == digits.adaptation()["dev"].ids
+    assert [int(row["id"]) for row in rows] == digits.adaptation()["dev"].ids
     assert 0 < result.params.adapter <= result.params.budget
     assert any(json.loads(directory.ranks.read_text()).values())
 
@@ -74,12 +74,12 @@ def test_a_run_is_complete_and_its_exports_have_its_accuracy(configure: Configur
     assert merged.config.id2label[0] == "5"
     base, _ = load_classifier("image", "digits_vit", labels=digits.TASK.labels, head_seed=99)
     stock = PeftModel.from_pretrained(base, str(tmp_path / "peft"))
-    assert dev_accuracy(merged) == dev_accuracy(stock) == pytest.approx(result.metrics["accuracy"])
+    assert dev_accuracy(merged) == dev_accuracy(stock) == pytest.approx(result.metrics.value)
 
 
 def test_interrupted_is_uninterrupted(configure: Configure, stopper: Stopper, tmp_path: Path) -> None:  # noqa: F811
     """With selectors that learn on held-out batches."""
-    whole = configure("strategy=autolora_bilevel")
+    whole = configure("strategy=autolora_bilevel", f"run_root={tmp_path / 'whole'}")
     run_one(whole)
     broken = configure("strategy=autolora_bilevel", f"run_root={tmp_path / 'broken'}")
     assert interrupted_run(broken, stopper, 9) >= 2
@@ -92,7 +92,7 @@ def test_what_is_trained_in_full_is_exported_as_a_model(configure: Configure, tm
     (path,) = (tmp_path / "runs").iterdir()
     export([f"run={path}", f"out={tmp_path / 'merged'}", "format=merged"])
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
-    assert dev_accuracy(merged) == pytest.approx(result.metrics["accuracy"])
+    assert dev_accuracy(merged) == pytest.approx(result.metrics.value)
 
 
 def test_another_image_model_reads_the_digits_at_its_size(configure: Configure, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_another_image_model_reads_the_digits_at_its_size(configure: Configure, 
 def test_adaptation_is_worth_more_than_a_head(tmp_path: Path) -> None:
     """The frozen features of 0 to 4 do not tell 5 to 9 apart."""
     fixed = ["task=digits", f"run_root={tmp_path}", "logger=csv", "trainer.accelerator=cpu"]
-    head = run_one(compose([*fixed, "strategy=head", "budget=none"])).metrics["accuracy"]
-    adapted = run_one(compose([*fixed, "strategy=uniform", "budget.rank=4"])).metrics["accuracy"]
+    head = run_one(compose([*fixed, "strategy=head", "budget=none"])).metrics.value
+    adapted = run_one(compose([*fixed, "strategy=uniform", "budget.rank=4"])).metrics.value
     assert head is not None
     assert adapted is not None
     assert adapted > head + 0.05
