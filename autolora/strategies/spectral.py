@@ -12,12 +12,13 @@ which a task wants is the hypothesis.)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from autolora.errors import PlanError
-from autolora.plan import RankPlan, proportional_order, spend
+from autolora.plan import RankPlan, even_order, proportional_order, spend
 from autolora.strategies.base import Planned, StrategyOptions
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Options(StrategyOptions):
 class Spectral(Planned[Options]):
     """Ranks proportional to the directions that explain each weight; at most ``max_rank``.
 
-    With a budget they are scaled to it, without one so that the largest is ``max_rank``. A weight of zeros gets none.
+    :func:`scaled` says how they are scaled.
     """
 
     Options = Options
@@ -42,14 +43,28 @@ class Spectral(Planned[Options]):
         """The shape of the spectra, scaled."""
         from autolora.theory.spectra import directions_needed, energies
 
-        largest = self.largest
-        needed = {
-            name: directions_needed(energies(weight_matrix(self.model, name)), self.options.energy) for name in largest
-        }
-        if self.allowance is not None:
-            return spend(proportional_order(needed, largest), largest, self.allowance)
-        scale = max(largest.values()) / max(1, *needed.values())
-        return RankPlan(largest.sites, {name: min(round(scale * needed[name]), largest[name]) for name in largest})
+        share = self.options.energy
+        needed = {name: directions_needed(energies(weight_matrix(self.model, name)), share) for name in self.largest}
+        return scaled(needed, self.largest, self.allowance)
+
+
+def scaled(shape: Mapping[str, float], largest: RankPlan, allowance: int | None) -> RankPlan:
+    """Ranks of a given shape: with a budget as large as it pays for, without one so that the largest is the maximum.
+
+    A module of weight 0 gets components only where nobody else can take them any more, evenly over the model; so ranks
+    are uniform where all weights are 0.
+
+    Args:
+        shape: what ranks shall be proportional to, at least 0, for each module.
+        largest: no module gets more than its rank here.
+        allowance: parameters that may be spent; ``None`` without a budget.
+    """
+    if allowance is not None:
+        return spend([*proportional_order(shape, largest), *even_order(largest)], largest, allowance)
+    if not any(shape.values()):
+        return largest
+    scale = max(largest.values()) / max(shape.values())
+    return RankPlan(largest.sites, {name: min(round(scale * shape[name]), largest[name]) for name in largest})
 
 
 def weight_matrix(model: nn.Module, name: str) -> nn.Parameter:

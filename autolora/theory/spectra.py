@@ -1,4 +1,4 @@
-"""How the energy of a matrix is spread over its directions, also of one whose rows come in batches.
+"""How the energy of a matrix is spread over its directions, also of one that is large or whose rows come in batches.
 
 The energy of a direction is the *square* of its singular value: squares add up to the squared Frobenius norm, and for
 centred rows to their variance. Sums of singular values themselves explain nothing.
@@ -30,7 +30,75 @@ def directions_needed(energy: Tensor, share: float) -> int:
     return int((explained < share * explained[-1] * (1 - 1e-12)).sum()) + 1
 
 
+EXACT_UP_TO = 2048
+"""The smaller side of a matrix up to which :func:`spectrum_of` decomposes it in full (a few seconds of one core)."""
+LARGEST = 512
+"""Singular values that it finds of a larger one."""
 _OVERSAMPLING = 32
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a matrix, all of them or the largest.
+
+    Args:
+        shape: of the matrix.
+        values: descending, float64 on the CPU, shape ``(k,)`` with k at most ``min(shape)``.
+        total: the squared Frobenius norm, of all directions.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    total: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether all singular values are known."""
+        return len(self.values) == min(self.shape)
+
+    @property
+    def stable_rank(self) -> float:
+        r""":math:`\|W\|_F^2 / \|W\|_2^2`, from 1 to the rank; 0 for a matrix of zeros.
+
+        (Rudelson & Vershynin, "Sampling from large matrices", J. ACM 2007, section 1: the numerical rank.)
+        """
+        return self.total / float(self.values[0]) ** 2 if self.total > 0 else 0.0
+
+    @property
+    def effective_rank(self) -> float | None:
+        r""":math:`\exp(-\sum_i p_i \ln p_i)` with :math:`p_i = \sigma_i / \sum_j \sigma_j`, from 1 to the rank.
+
+        (Roy & Vetterli, "The effective rank", EUSIPCO 2007, section 2.) ``None`` where not all values are known; 0 for
+        a matrix of zeros.
+        """
+        if not self.complete:
+            return None
+        if self.total <= 0:
+            return 0.0
+        p = self.values / self.values.sum()
+        return float(torch.special.entr(p).sum().exp())
+
+    def needed(self, share: float) -> int | None:
+        """Directions that explain a share of the energy, as :func:`directions_needed`; ``None`` if they are more than
+        are known.
+        """
+        if self.complete:
+            return directions_needed(self.values.square(), share)
+        explained = self.values.square().cumsum(0)
+        count = int((explained < share * self.total * (1 - 1e-12)).sum()) + 1
+        return count if count <= len(self.values) else None
+
+
+def spectrum_of(matrix: Tensor, *, exact_up_to: int = EXACT_UP_TO, largest: int = LARGEST) -> Spectrum:
+    """The singular values of a matrix ``(m, n)``: all where its smaller side is at most ``exact_up_to``, else the
+    ``largest`` ones, by randomised subspace iteration.
+    """
+    matrix = matrix.detach().cpu().double()
+    rows, columns = matrix.shape
+    if min(rows, columns) <= exact_up_to:
+        values = torch.linalg.svdvals(matrix)
+        return Spectrum((rows, columns), values, float(values.square().sum()))
+    return Spectrum((rows, columns), _largest(matrix, largest)[0], float(matrix.square().sum()))
 
 
 @dataclass(frozen=True)
