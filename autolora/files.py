@@ -143,3 +143,15 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         finally:
             for left in (temporary, old):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def require_empty(path: Path) -> None:
+    """Refuse a place for a new folder that holds something.
+
+    Raises:
+        DataError: if there is a file, or a folder that is not empty.
+        PathError: if that cannot be looked at.
+    """
+    with writing(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise DataError(f"out={path}: expected a folder that is not there yet, or empty: name another")

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class Role(StrEnum):
@@ -138,19 +141,25 @@ def outermost_heads(names: Iterable[str]) -> list[str]:
     return [name for name in heads if not any(name.startswith(other + ".") for other in heads)]
 
 
-def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
-    """Ranks as a grid: labels of rows and columns, and the rank of each (row, column) that occurs.
+def rank_grid(ranks: Mapping[str, Number]) -> tuple[list[str], list[str], dict[tuple[str, str], Number]]:
+    """Ranks, or other numbers, as a grid: labels of rows and columns, and what each (row, column) that occurs has.
 
     Rows are the roles that occur, columns the depths ("-" for none, last); modules that share a cell add up. Where
     names say no role at all, as in a planted regression, every module has a column of its own.
     """
     if all(role_of(name) is Role.other for name in ranks):
         return ["rank"], list(ranks), {("rank", name): rank for name, rank in ranks.items()}
-    cells: dict[tuple[str, str], int] = {}
+    cells: dict[tuple[str, str], Number] = {}
     for name, rank in ranks.items():
         depth = depth_of(name)
         cell = (role_of(name).value, "-" if depth is None else str(depth))
         cells[cell] = cells.get(cell, 0) + rank
-    columns = {column for _, column in cells}
+    columns: set[str] = {column for _, column in cells}
     roles = [role.value for role in ROLE_ORDER if any(row == role.value for row, _ in cells)]
     return roles, [*sorted(columns - {"-"}, key=int), *(columns & {"-"})], cells
+
+
+def mean_cells(values: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """The cells of :func:`rank_grid` with the mean of the modules that share one."""
+    sums, counts = rank_grid(values)[2], rank_grid(dict.fromkeys(values, 1))[2]
+    return {cell: total / counts[cell] for cell, total in sums.items()}

@@ -65,11 +65,16 @@ class Options(StrategyOptions):
 class Information(Strategy[Options]):
     """Ranks proportional to the rank at which each module's bottleneck is best, scaled as by
     :func:`autolora.strategies.spectral.scaled`.
+
+    Attributes:
+        silent: whether the inputs were found to say nothing about the labels.
+        codes, beta: what was found, and the multiplier, from :meth:`prepare` on.
     """
 
     Options = Options
     silent = False
-    """Whether the inputs were found to say nothing about the labels."""
+    codes: dict[str, Code]
+    beta: float | None
 
     def prepare(self, batches: Iterable[Batch], loss_fn: LossFn) -> None:
         """Look at the inputs and the labels, and remove the components that the budget does not pay for.
@@ -79,19 +84,19 @@ class Information(Strategy[Options]):
             PlanError: if batches have no label for each example.
         """
         from autolora.adapters import compact
-
-        codes = codes_of_modules(self.adapters, batches, loss_fn, self.options)
-        beta = self.price(codes)
-        self.silent = beta is None
-        optima = {name: 0 if beta is None or name not in codes else codes[name].optimum(beta) for name in self.largest}
-        self.adapters.keep_first(scaled(optima, self.largest, self.allowance))
-        compact(self.adapters)
-
-    def price(self, codes: dict[str, Code]) -> float | None:
-        """The multiplier: that of the options, or the one at which all modules together break even, if there is one."""
         from autolora.theory.information import price_of_labels
 
-        return price_of_labels(list(codes.values())) if self.options.beta is None else self.options.beta
+        self.codes = codes_of_modules(self.adapters, batches, loss_fn, self.options)
+        given = self.options.beta
+        self.beta = price_of_labels(list(self.codes.values())) if given is None else given
+        self.silent = self.beta is None
+        self.adapters.keep_first(scaled(self.optima(), self.largest, self.allowance))
+        compact(self.adapters)
+
+    def optima(self) -> dict[str, int]:
+        """The rank at which the criterion of each module is smallest; 0 where it has no code, or nobody has a price."""
+        beta, codes = self.beta, self.codes
+        return {name: codes[name].optimum(beta) if beta is not None and name in codes else 0 for name in self.largest}
 
     def finalize(self, evaluate: Evaluate) -> RankPlan:
         """The plan that the information gave."""

@@ -51,6 +51,12 @@ def _law(beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return points, 2 * np.sin(middles) ** 2 / (np.pi * points) * np.pi / _CELLS, upper
 
 
+def mp_density(x: np.ndarray, beta: float) -> np.ndarray:
+    """The density f at some x; 0 outside its support."""
+    low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
+    return np.sqrt(np.clip((high - x) * (x - low), 0, None)) / (2 * np.pi * beta * x)
+
+
 def mp_moment(order: int, beta: float, below: float = 1.0) -> float:
     r"""The integral of :math:`x^{order} f(x)` over the smallest values, which have a share ``below`` of the mass."""
     points, mass, _ = _law(beta)

@@ -30,7 +30,7 @@ def rank_heatmaps(variants: Sequence[Variant]) -> Figure | None:
     figure = Figure("ranks", caption, drawn)
     largest = max(max(cells.values()) for cells in shown.values())
     for ax, (label, cells) in zip(axes, shown.items(), strict=True):
-        _heatmap(figure, ax, label, cells, largest)
+        heatmap(figure, ax, label, cells, largest, "rank")
     return figure
 
 
@@ -44,20 +44,23 @@ def mean_grid(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
     return {cell: fmean(values) for cell, values in sums.items()}
 
 
-def _heatmap(figure: Figure, ax: Axes, label: str, cells: Mapping[tuple[str, str], float], largest: float) -> None:
+def heatmap(
+    figure: Figure, ax: Axes, label: str, cells: Mapping[tuple[str, str], float], largest: float, what: str
+) -> None:
+    """One panel of role × layer, the brightest where a cell has the ``largest`` value; ``what`` a value is."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     colours = colormaps["viridis"]
-    for (row, column), rank in cells.items():
+    for (row, column), value in cells.items():
         x, y = columns.index(column), rows.index(row)
-        shade = rank / largest if largest else 0.0
+        shade = value / largest if largest else 0.0
         patch = ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours(shade), edgecolor="none"))
-        figure.tip(patch, f"{label}: {row}, layer {column}: rank {rank:.2g}")
+        figure.tip(patch, f"{label}: {row}, layer {column}: {what} {value:.2g}")
         ink = "black" if shade > 0.6 else "white"
-        ax.text(x, y, f"{rank:.2g}", ha="center", va="center", fontsize=6, color=ink, gid="label")
+        ax.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=6, color=ink, gid="label")
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
