@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from autolora.files import write_json_atomic
 from autolora.plan import RankPlan
@@ -104,51 +104,72 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     rows = f", {analysis.task} ({analysis.data_source})" if analysis.task else ""
     console.print(f"\n{analysis.backbone}{rows}: {len(analysis.weights)} Linears", highlight=False)
     console.print(_table(analysis))
-    budget = "without a budget" if analysis.budget is None else f"budget {analysis.budget:,}"
     for name, plan in analysis.plans.items():
         table = heat_table(plan)
-        table.title = f"ranks by strategy={name} ({plan.params:,} parameters, {budget})"
+        table.title = f"strategy={name}"
         console.print(table)
+        limit = "" if analysis.budget is None else f" of {analysis.budget:,}"
+        console.print(f"  {plan.params:,}{limit} parameters", highlight=False)
     for note in analysis.notes:
         console.print(f"  note: {note}", highlight=False)
 
 
 def _table(analysis: Analysis) -> Any:
-    """Means over the modules of a role."""
+    """Means over the modules of a role, whose number is n."""
     from rich.table import Table
 
-    table = Table(title="means by role", title_justify="left")
-    for column in ("role", "Linears", *(label for label, _ in columns_of(analysis))):
+    table = Table(title="numbers of W (and ΔW), means by role", title_justify="left")
+    columns = columns_of(analysis)
+    for column in ("role", "n", *(column.short for column in columns)):
         table.add_column(column, justify="left" if column == "role" else "right")
     by_role: dict[str, list[str]] = {}
     for name in analysis.weights:
         by_role.setdefault(role_of(name).value, []).append(name)
     for role in (role.value for role in ROLE_ORDER if role.value in by_role):
         names = by_role[role]
-        means = (_mean(values.get(name) for name in names) for _, values in columns_of(analysis))
+        means = (_mean(column.values.get(name) for name in names) for column in columns)
         table.add_row(role, str(len(names)), *means)
     return table
 
 
-def columns_of(analysis: Analysis) -> list[tuple[str, dict[str, float | None]]]:
-    """What is shown of every module, by a short name."""
+class Column(NamedTuple):
+    """A number of every module: what it is of, its name in a table and in a figure, and the values that are known."""
+
+    of: Literal["weight", "update"]
+    short: str
+    label: str
+    values: dict[str, float | None]
+
+
+def columns_of(analysis: Analysis) -> list[Column]:
+    """The numbers that are shown."""
     weights, updates = analysis.weights, analysis.updates
-    columns: list[tuple[str, dict[str, float | None]]] = [
-        ("stable rank", {name: one.stable_rank for name, one in weights.items()}),
-        ("effective rank", {name: one.effective_rank for name, one in weights.items()}),
-        ("above MP edge", {name: one.above_edge for name, one in weights.items()}),
-        ("above hard threshold", {name: one.above_hard for name, one in weights.items()}),
+
+    def of_weight(short: str, label: str, value: Callable[[WeightNumbers], float | None]) -> Column:
+        return Column("weight", short, label, {name: value(one) for name, one in weights.items()})
+
+    def of_update(short: str, label: str, value: Callable[[UpdateNumbers], float]) -> Column:
+        return Column("update", short, label, {name: value(one) for name, one in updates.items()})
+
+    columns = [
+        of_weight("stable", "stable rank", lambda one: one.stable_rank),
+        of_weight("effective", "effective rank", lambda one: one.effective_rank),
+        of_weight("80 %", "directions for 80 % of the energy", lambda one: one.needed[0]),
+        of_weight("90 %", "directions for 90 % of the energy", lambda one: one.needed[1]),
+        of_weight("95 %", "directions for 95 % of the energy", lambda one: one.needed[2]),
+        of_weight("edge", "directions above the edge of noise", lambda one: one.above_edge),
+        of_weight("hard", "directions above the hard threshold", lambda one: one.above_hard),
     ]
-    for i, share in enumerate((80, 90, 95)):
-        columns.insert(2 + i, (f"{share} % of energy", {name: one.needed[i] for name, one in weights.items()}))
-    if analysis.optima:
-        columns.append(("bottleneck rank", dict(analysis.optima)))
+    if analysis.beta is not None:
+        columns.append(Column("weight", "IB", "rank at the bottleneck's optimum", dict(analysis.optima)))
     if updates:
+        ranks: dict[str, float | None] = {name: analysis.found.get(name, 0) for name in weights}
         columns += [
-            ("ΔW: rank", {name: updates[name].rank if name in updates else 0 for name in weights}),
-            ("ΔW: effective rank", {name: one.effective_rank for name, one in updates.items()}),
-            ("ΔW: overlap with W, out", {name: one.output_overlap for name, one in updates.items()}),
-            ("ΔW: overlap with W, in", {name: one.input_overlap for name, one in updates.items()}),
+            Column("update", "ΔW", "rank of the update", ranks),
+            of_update("effective", "effective rank of the update", lambda one: one.effective_rank),
+            of_update("90 %", "components for 90 % of the update", lambda one: one.needed),
+            of_update("out", "overlap with W, outputs", lambda one: one.output_overlap),
+            of_update("in", "overlap with W, inputs", lambda one: one.input_overlap),
         ]
     return columns
 
@@ -160,4 +181,4 @@ def _mean(values: Iterable[float | None]) -> str:
     if not there:
         return "-"
     mean = fmean(there)
-    return f"{mean:.2f}" if mean < 10 else f"{mean:.0f}"
+    return f"{mean:.0f}" if mean >= 10 or not mean % 1 else f"{mean:.2f}"

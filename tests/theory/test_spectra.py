@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
 from torch import Tensor
 
-from autolora.theory.spectra import Principal, absorb, directions_needed, energies
+from autolora.theory.spectra import Principal, absorb, directions_needed, energies, spectrum_of
 
 
 def decaying(rows: int, columns: int, seed: int, decay: float = 0.8) -> Tensor:
@@ -99,3 +99,53 @@ def test_the_global_random_stream_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.randn(1)
     assert torch.equal(absorb(None, decaying(50, 80, 0), keep=2).directions, first.directions)
+
+
+# Spectra of matrices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "stable", "effective"),
+    [
+        ([2.0, 2.0, 2.0, 2.0], 4.0, 4.0),
+        ([5.0, 0.0, 0.0], 1.0, 1.0),
+        ([4.0, 2.0], 20 / 16, 3 / 2 ** (2 / 3)),  # p = 2/3, 1/3: exp(ln 3 - 2/3 ln 2)
+        ([0.0, 0.0], 0.0, 0.0),
+    ],
+)
+def test_ranks_of_hand_made_spectra(values: list[float], stable: float, effective: float) -> None:
+    turned = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.double)).Q
+    spectrum = spectrum_of(turned @ torch.diag(torch.tensor(values, dtype=torch.double)))
+    assert spectrum.stable_rank == pytest.approx(stable)
+    assert spectrum.effective_rank == pytest.approx(effective)
+    assert spectrum.complete
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8), st.floats(0.01, 100))
+def test_ranks_are_between_one_and_the_rank_and_free_of_scale(values: list[float], factor: float) -> None:
+    spectrum, scaled = (spectrum_of(c * torch.diag(torch.tensor(values).double())) for c in (1, factor))
+    assert spectrum.effective_rank is not None
+    assert 1 - 1e-9 <= spectrum.stable_rank <= len(values) + 1e-9
+    assert 1 - 1e-9 <= spectrum.effective_rank <= len(values) + 1e-9
+    assert scaled.stable_rank == pytest.approx(spectrum.stable_rank)
+    assert scaled.effective_rank == pytest.approx(spectrum.effective_rank)
+
+
+@pytest.mark.parametrize("shape", [(300, 120), (120, 300)])
+def test_the_largest_singular_values_of_a_large_matrix_are_the_exact_ones(shape: tuple[int, int]) -> None:
+    """Directions that decay slowly under noise: the hard case of a random subspace."""
+    matrix = decaying(*shape, seed=3, decay=0.97) + 0.05 * torch.randn(
+        shape, generator=torch.Generator().manual_seed(0)
+    )
+    exact, found = spectrum_of(matrix), spectrum_of(matrix, exact_up_to=100, largest=40)
+    assert (exact.complete, found.complete, len(found.values)) == (True, False, 40)
+    np.testing.assert_allclose(found.values, exact.values[:40], rtol=1e-3)
+    np.testing.assert_allclose(found.values[:10], exact.values[:10], rtol=1e-6)
+    assert found.total == pytest.approx(exact.total)
+    assert found.stable_rank == pytest.approx(exact.stable_rank)
+    assert found.effective_rank is None
+    needed = {share: exact.needed(share) for share in (0.3, 0.5, 0.7, 0.9, 0.99)}
+    assert {share: found.needed(share) for share in needed} == {
+        share: count if count is not None and count <= 40 else None for share, count in needed.items()
+    }
+    assert None in [found.needed(share) for share in needed]

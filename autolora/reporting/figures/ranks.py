@@ -58,9 +58,9 @@ def heatmap(
         x, y = columns.index(column), rows.index(row)
         shade = value / largest if largest else 0.0
         patch = ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours(shade), edgecolor="none"))
-        figure.tip(patch, f"{label}: {row}, layer {column}: {what} {value:.2g}")
+        figure.tip(patch, f"{label}: {row}, layer {column}: {what} {_short(value)}")
         ink = "black" if shade > 0.6 else "white"
-        ax.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=6, color=ink, gid="label")
+        ax.text(x, y, _short(value), ha="center", va="center", fontsize=6, color=ink, gid="label")
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
@@ -68,6 +68,11 @@ def heatmap(
     ax.grid(visible=False)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def _short(value: float) -> str:
+    """Two digits, or the whole part where that has more."""
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"
 
 
 def found_against_true(variants: Sequence[Variant]) -> Figure | None:

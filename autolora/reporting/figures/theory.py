@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from autolora.reporting.figures.canvas import Figure, broken, grid, legend, looks
 from autolora.reporting.figures.ranks import heatmap
-from autolora.roles import depth_of, mean_cells, rank_grid, role_of
+from autolora.roles import Role, depth_of, mean_cells, rank_grid, role_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from autolora.reporting.theory import Analysis
+    from autolora.theory.information import Code
     from autolora.theory.modules import WeightNumbers
     from autolora.theory.spectra import Spectrum
 
@@ -26,9 +27,9 @@ def figures_of(analysis: Analysis) -> Iterator[Figure]:
     """Every figure that the analysis has something for."""
     from autolora.reporting.theory import columns_of
 
-    columns = dict(columns_of(analysis))
-    of_weights = {label: values for label, values in columns.items() if not label.startswith("ΔW")}
-    of_updates = {label: values for label, values in columns.items() if label.startswith("ΔW")}
+    columns = columns_of(analysis)
+    of_weights: dict[str, Numbers] = {column.label: column.values for column in columns if column.of == "weight"}
+    of_updates: dict[str, Numbers] = {column.label: column.values for column in columns if column.of == "update"}
     yield heatmaps("weights", "Numbers of the pretrained weights by role and layer.", of_weights)
     if any(depth_of(name) is not None for name in analysis.weights):
         yield over_depth(of_weights)
@@ -85,7 +86,8 @@ def bulk(analysis: Analysis) -> Figure:
     drawn, axes = grid(len(names), width=3.0, height=2.3)
     caption = (
         "Singular values of some weights, and the Marchenko-Pastur law of noise as large as their median says: what is "
-        "right of the lines is signal."
+        "right of the lines is signal, as far as the bars follow the curve; where they do not, weights are not noise "
+        "and a few directions."
     )
     figure = Figure("bulk", caption, drawn)
     for ax, name in zip(axes, names, strict=True):
@@ -120,43 +122,47 @@ def _bulk(figure: Figure, ax: Axes, name: str, spectrum: Spectrum, numbers: Weig
         ax.plot(unit * x, expected, linewidth=1.4, **_LINES[0])
         for place, style in ((numbers.edge, _LINES[1]), (numbers.hard, _LINES[2])):
             ax.axvline(place, linewidth=1.2, **style)
-    ax.set_title(broken(name), fontsize=7)
+    ax.set_title(broken(short(name)), fontsize=8)
     ax.set_xlabel(f"singular value; {numbers.above_edge} and {numbers.above_hard} above", fontsize=7)
     ax.set_ylabel("count", fontsize=7)
 
 
 def bits(analysis: Analysis) -> Figure:
     """What codes of modules' inputs say, over their rank, and the criterion with its optimum."""
-    from autolora.theory.information import Code
-
-    names = some_of_each_role(list(analysis.codes))
-    drawn, axes = grid(3, width=3.2, height=2.6)
+    owners: dict[int, list[str]] = {}
+    for name, code in analysis.codes.items():
+        owners.setdefault(id(code), []).append(name)  # who reads one tensor has one code
+    names = some_of_each_role([group[0] for group in owners.values()])
+    labels = {name: short(*owners[id(analysis.codes[name])]) for name in names}
+    beta = analysis.beta
+    curves: list[tuple[str, Callable[[Code], tuple[float, ...]]]] = [
+        ("I(X; Z), bits", lambda code: code.about_inputs),
+        ("I(Z; Y) in excess of chance, bits", lambda code: code.about_labels),
+    ]
+    if beta is not None:
+        curves.append((f"I(X; Z) - {beta:.3g} I(Z; Y)", lambda code: code.criterion(beta)))
+    drawn, axes = grid(len(curves), width=3.2, height=2.6)
     caption = (
         "What a code of r principal directions of a module's inputs says about the inputs and, in excess of chance, "
-        "about the labels, and the information bottleneck's criterion, over the rank; large marks are the optima."
+        "about the labels, and the information bottleneck's criterion, over the rank; marks are the optima."
     )
     figure = Figure("bits", caption, drawn)
     styles = looks(names)
-    beta = analysis.beta
-    curves: list[tuple[str, Any]] = [("I(X; Z), bits", lambda code: code.about_inputs)]
-    curves.append(("I(Z; Y) in excess of chance, bits", lambda code: code.about_labels))
-    criterion = f"I(X; Z) - {beta:.3g} I(Z; Y)" if beta is not None else "no price: the criterion is not defined"
-    curves.append((criterion, (lambda code: code.criterion(beta)) if beta is not None else lambda code: ()))
     for ax, (label, values) in zip(axes, curves, strict=True):
         for name in names:
-            code: Code = analysis.codes[name]
-            if shown := values(code):
-                (line,) = ax.plot(code.ranks, shown, color=styles[name]["color"], linewidth=1.2)
-                figure.tip(line, f"{name}: optimum at rank {analysis.optima[name]}")
-                if label == criterion and analysis.optima[name]:
-                    best = code.ranks.index(analysis.optima[name])
-                    ax.plot(code.ranks[best], shown[best], markersize=6, **styles[name])
+            code = analysis.codes[name]
+            (line,) = ax.plot(code.ranks, values(code), color=styles[name]["color"], linewidth=1.2)
+            figure.tip(line, f"{labels[name]}: {label}")
+            best = analysis.optima[name]
+            if best and label == curves[-1][0] and beta is not None:
+                (mark,) = ax.plot(best, values(code)[code.ranks.index(best)], markersize=6, **styles[name])
+                figure.tip(mark, f"{labels[name]}: optimum at rank {best}")
         ax.axhline(0, color="#888888", linewidth=0.8)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:.0f}")
         ax.set_title(broken(label), fontsize=8)
         ax.set(xlabel="rank of the code")
-    legend(drawn, {name: {**styles[name], "linestyle": "-"} for name in names})
+    legend(drawn, {labels[name]: {**styles[name], "linestyle": "-"} for name in names})
     return figure
 
 
@@ -199,6 +205,15 @@ def some_of_each_role(names: list[str], most: int = _MOST) -> list[str]:
         by_role.setdefault(role_of(name).value, []).append(name)
     chosen = [group[len(group) // 2] for group in by_role.values()] if len(by_role) > 1 else names
     return chosen[:most]
+
+
+def short(*names: str) -> str:
+    """Roles and layer of modules of one layer; a module without a role has its name."""
+    roles = [role_of(name) for name in names]
+    if Role.other in roles:
+        return ", ".join(names)
+    depth = depth_of(names[0])
+    return ", ".join(role.value for role in roles) + ("" if depth is None else f", layer {depth}")
 
 
 def _known(values: Numbers) -> dict[str, float]:
