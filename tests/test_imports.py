@@ -13,6 +13,7 @@ HEAVY = {
     "matplotlib", "peft", "pandas",
 }  # fmt: skip
 LIGHT_MODULES = [
+    "autolora.analyze",
     "autolora.compose",
     "autolora.config",
     "autolora.export",
@@ -45,18 +46,20 @@ def test_light_modules_load_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"),
+    ("command", "argv", "code"),
     [
-        (["--help"], 0),
-        (["--cfg", "job"], 0),
-        (["strategy=autolara", "budget.rnk=4"], 2),
-        (["task=planted", "strategy.phases.warmup=2"], 2),
-        (["-m", "strategy=uniform,autolora", "seed=0,-1"], 2),
+        ("train", ["--help"], 0),
+        ("train", ["--cfg", "job"], 0),
+        ("train", ["strategy=autolara", "budget.rnk=4"], 2),
+        ("train", ["task=planted", "strategy.phases.warmup=2"], 2),
+        ("train", ["-m", "strategy=uniform,autolora", "seed=0,-1"], 2),
+        ("analyze", ["--help"], 0),
+        ("analyze", ["out=x", "backbone=minilmm"], 2),
     ],
 )
-def test_help_and_configuration_errors_load_nothing_heavy(argv: list[str], code: int) -> None:
+def test_help_and_configuration_errors_load_nothing_heavy(command: str, argv: list[str], code: int) -> None:
     script = f"""
-from autolora.train import main
+from autolora.{command} import main
 try:
     main({argv!r})
     code = 0

@@ -108,7 +108,7 @@ def gaussian_information(rho: float, width: float) -> float:
 
 
 def test_gaussian_variables_have_the_information_of_the_closed_form() -> None:
-    """The estimate, in excess of chance, is that of the kernels' operators, which is Shannon's as the width goes to 0."""
+    """The estimate, in excess of chance, tends to that of the kernels' operators, which is Shannon's at width 0."""
     for rho in (0.3, 0.6, 0.9):
         shannon = -0.5 * math.log2(1 - rho**2)
         apart = [shannon - gaussian_information(rho, width) for width in (1.0, 0.1, 0.01, 1e-5)]
@@ -119,7 +119,7 @@ def test_gaussian_variables_have_the_information_of_the_closed_form() -> None:
             x, y = (gram_of(values, 1.0) for values in correlated(rho, 250, seed))
             chance = mutual_information(x, permutations_of(y, 4), alpha=1.0).mean()
             found.append(float(mutual_information(x, y, alpha=1.0) - chance))
-        assert sum(found) / len(found) == pytest.approx(gaussian_information(rho, 1.0), abs=0.03)
+        assert sum(found) / len(found) == pytest.approx(gaussian_information(rho, 1.0), abs=0.04)
 
 
 def test_information_grows_with_the_correlation() -> None:
