@@ -184,13 +184,12 @@ def read_trained(run: Path, backbone: Path | None) -> Trained:
 def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | None) -> None:
     """A backbone or a task that was typed beside a run has to be on the run's weights."""
     from autolora.backbones import locate, weights_fingerprint
-    from autolora.config import PlantedConfig
 
     result = trained.directory.read_result()
     if problem is not None:
         here = problem.backbone_fingerprint
-    elif isinstance(trained.cfg.task, PlantedConfig):
-        return  # which brings its own, and no other was typed
+    elif cfg.backbone.name == "none":
+        return  # the run's task brings its own model, and no other was typed
     else:
         here = weights_fingerprint(locate(**cfg.backbone.weights).directory)
     if here != result.backbone_fingerprint:

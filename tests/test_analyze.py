@@ -149,13 +149,11 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
     own_left, _, own_right = torch.linalg.svd(weight)
     found = data["modules"][name]["update"]
     assert found["singular_values"] == pytest.approx(values[:2].tolist(), rel=1e-4)
-    expected = (
-        principal_angles(left[:, :2], own_left[:, :2]).rad2deg(),
-        principal_angles(right[:2].T, own_right[:2].T).rad2deg(),
+    outputs, inputs = (
+        principal_angles(x[:, :2], y[:, :2]).rad2deg() for x, y in ((left, own_left), (right.T, own_right.T))
     )
-    assert (found["output_angles"], found["input_angles"]) == tuple(
-        pytest.approx(e.tolist(), abs=1e-2) for e in expected
-    )
+    assert found["output_angles"] == pytest.approx(outputs.tolist(), abs=1e-2)
+    assert found["input_angles"] == pytest.approx(inputs.tolist(), abs=1e-2)
 
     again = tmp_path / "with rows"
     assert analyze(f"run={trained.path}", f"out={again}", *rows) == 0
@@ -164,7 +162,7 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
 
 def test_a_run_that_cannot_be_used(
     trained: RunDirectory,
-    configure: Any,
+    configure: Any,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

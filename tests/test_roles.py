@@ -11,7 +11,7 @@ import pytest
 import transformers as hf
 from torch import nn
 
-from autolora.roles import ROLE_ORDER, SUFFIXES, Role, depth_of, role_of
+from autolora.roles import ROLE_ORDER, SUFFIXES, Role, depth_of, mean_cells, role_of
 
 BASE = {
     "vocab_size": 64,
@@ -371,3 +371,8 @@ def test_roles_are_the_agreed_ten() -> None:
 def test_roles_do_not_import_torch() -> None:
     code = "import sys, autolora.roles; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_modules_that_share_a_cell_are_averaged() -> None:
+    values = {"encoder.0.query": 1.0, "decoder.0.query": 2.0, "encoder.1.key": 5.0}
+    assert mean_cells(values) == {("query", "0"): 1.5, ("key", "1"): 5.0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -103,32 +103,42 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     console = console or Console()
     rows = f", {analysis.task} ({analysis.data_source})" if analysis.task else ""
     console.print(f"\n{analysis.backbone}{rows}: {len(analysis.weights)} Linears", highlight=False)
-    console.print(_table(analysis))
+    console.print(
+        "  stable and effective rank; directions for 80, 90 and 95 % of the energy, above the edge of noise and"
+    )
+    console.print("  above the hard threshold; IB: rank at the information bottleneck's optimum")
+    columns = columns_of(analysis)
+    console.print(_table("W, means by role", list(analysis.weights), [one for one in columns if one.of == "weight"]))
+    if analysis.updates:
+        console.print(
+            f"\nthe update by {analysis.run}: its rank and effective rank, components for 90 % of its energy, and"
+        )
+        console.print("  how much of its outputs and inputs lies in W's largest directions, over what chance has")
+        console.print(
+            _table("ΔW, means by role", list(analysis.updates), [one for one in columns if one.of == "update"])
+        )
     for name, plan in analysis.plans.items():
-        table = heat_table(plan)
-        table.title = f"strategy={name}"
-        console.print(table)
         limit = "" if analysis.budget is None else f" of {analysis.budget:,}"
-        console.print(f"  {plan.params:,}{limit} parameters", highlight=False)
+        console.print(f"\nstrategy={name}: {plan.params:,}{limit} parameters", highlight=False)
+        table = heat_table(plan)
+        table.title = None
+        console.print(table)
     for note in analysis.notes:
         console.print(f"  note: {note}", highlight=False)
 
 
-def _table(analysis: Analysis) -> Any:
-    """Means over the modules of a role, whose number is n."""
+def _table(title: str, names: Sequence[str], columns: Sequence[Column]) -> Any:
+    """Means over the modules of each role."""
     from rich.table import Table
 
-    table = Table(title="numbers of W (and ΔW), means by role", title_justify="left")
-    columns = columns_of(analysis)
-    for column in ("role", "n", *(column.short for column in columns)):
-        table.add_column(column, justify="left" if column == "role" else "right")
+    table = Table("role", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.short, justify="right")
     by_role: dict[str, list[str]] = {}
-    for name in analysis.weights:
+    for name in names:
         by_role.setdefault(role_of(name).value, []).append(name)
     for role in (role.value for role in ROLE_ORDER if role.value in by_role):
-        names = by_role[role]
-        means = (_mean(column.values.get(name) for name in names) for column in columns)
-        table.add_row(role, str(len(names)), *means)
+        table.add_row(role, *(_mean(column.values.get(name) for name in by_role[role]) for column in columns))
     return table
 
 
@@ -153,7 +163,7 @@ def columns_of(analysis: Analysis) -> list[Column]:
 
     columns = [
         of_weight("stable", "stable rank", lambda one: one.stable_rank),
-        of_weight("effective", "effective rank", lambda one: one.effective_rank),
+        of_weight("effect.", "effective rank", lambda one: one.effective_rank),
         of_weight("80 %", "directions for 80 % of the energy", lambda one: one.needed[0]),
         of_weight("90 %", "directions for 90 % of the energy", lambda one: one.needed[1]),
         of_weight("95 %", "directions for 95 % of the energy", lambda one: one.needed[2]),
@@ -166,12 +176,20 @@ def columns_of(analysis: Analysis) -> list[Column]:
         ranks: dict[str, float | None] = {name: analysis.found.get(name, 0) for name in weights}
         columns += [
             Column("update", "ΔW", "rank of the update", ranks),
-            of_update("effective", "effective rank of the update", lambda one: one.effective_rank),
+            of_update("effect.", "effective rank of the update", lambda one: one.effective_rank),
             of_update("90 %", "components for 90 % of the update", lambda one: one.needed),
-            of_update("out", "overlap with W, outputs", lambda one: one.output_overlap),
-            of_update("in", "overlap with W, inputs", lambda one: one.input_overlap),
+            of_update(
+                "out", "overlap with W over chance, outputs", lambda one: _over(one.output_overlap, one.output_chance)
+            ),
+            of_update(
+                "in", "overlap with W over chance, inputs", lambda one: _over(one.input_overlap, one.input_chance)
+            ),
         ]
     return columns
+
+
+def _over(value: float, chance: float) -> float:
+    return value / chance if chance else 0.0
 
 
 def _mean(values: Iterable[float | None]) -> str:

@@ -168,6 +168,8 @@ def bits(analysis: Analysis) -> Figure:
 
 def update_spectra(analysis: Analysis) -> Figure:
     """Singular values of every update over the largest one, and overlaps with the weight over what chance has."""
+    from matplotlib.ticker import MaxNLocator
+
     drawn, (spectra, overlaps) = grid(2, width=3.8, height=2.9)
     caption = (
         "Singular values of the run's updates over the largest of each, a line for each module; and how much of an "
@@ -175,10 +177,10 @@ def update_spectra(analysis: Analysis) -> Figure:
         "directions have: on the line there is nothing to it."
     )
     figure = Figure("update_spectra", caption, drawn)
-    styles = looks(rank_grid(dict.fromkeys(analysis.weights, 0))[0])
+    styles = looks(list(dict.fromkeys(role_of(name).value for name in analysis.updates)))
     chance: list[float] = []
     for name, one in analysis.updates.items():
-        style = styles.get(role_of(name).value, {"color": "#888888", "marker": "o"})
+        style = styles[role_of(name).value]
         largest = one.singular_values[0] or 1.0
         ranks = range(1, one.rank + 1)
         (line,) = spectra.plot(ranks, [v / largest for v in one.singular_values], color=style["color"], linewidth=1)
@@ -193,6 +195,8 @@ def update_spectra(analysis: Analysis) -> Figure:
             chance.append(x)
     overlaps.plot([0, max(chance)], [0, max(chance)], color="#888888", linewidth=0.8)
     spectra.set(xlabel="component", ylabel="singular value over the largest", ylim=(0, 1.02))
+    overlaps.xaxis.set_major_locator(MaxNLocator(4))
+    spectra.xaxis.set_major_locator(MaxNLocator(integer=True))
     overlaps.set(xlabel="overlap by chance", ylabel="overlap with W (open: in, filled: out)")
     legend(drawn, styles)
     return figure
