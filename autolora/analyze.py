@@ -176,9 +176,10 @@ def read_trained(run: Path, backbone: Path | None) -> Trained:
     directory = RunDirectory(run.parent if run.name == "result.json" else run)
     cfg = read_run(directory, backbone)
     kind = kind_of(directory)
-    if kind != "LORA":
+    adapters = load(cfg, kind, directory.adapter)[0] if kind == "LORA" else None
+    if adapters is None or not adapters.layers:
         raise DataError(f"run={run}: strategy={cfg.strategy.name} has trained no LoRA adapters: name a run that has")
-    return Trained(directory, cfg, load(cfg, kind, directory.adapter)[0])
+    return Trained(directory, cfg, adapters)
 
 
 def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | None) -> None:

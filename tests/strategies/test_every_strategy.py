@@ -52,6 +52,7 @@ CHOOSES_LATE = {"adalora", "autolora", "autolora_bilevel", "dynamic_growth", "so
 """Ranks settle while training goes on; those of the others before it, or (searches) after it."""
 WITHOUT_BIASES = {("bitfit", "t5"), ("bitfit", "llama_lm")}
 SMALLER: dict[str, tuple[str, ...]] = {
+    "information": ("strategy.examples=64",),
     "rl_search": ("strategy.evaluations=6",),
     "evolution": ("strategy.evaluations=6",),
     "random_search": ("strategy.evaluations=6",),
