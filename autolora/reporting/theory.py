@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from autolora.theory.spectra import Spectrum
 
 
+_LEGEND = (
+    "Stable and effective rank; directions for 80, 90 and 95 % of the energy, above the edge of noise, and above the "
+    "hard threshold; IB: rank at the information bottleneck's optimum."
+)
+_UPDATE_LEGEND = (
+    "rank, effective rank, components for 90 % of its energy, and how much of its outputs and inputs lies in W's "
+    "largest directions, over what chance has."
+)
+
+
 @dataclass(frozen=True)
 class Analysis:
     """What :mod:`autolora.analyze` has found.
@@ -103,17 +113,11 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     console = console or Console()
     rows = f", {analysis.task} ({analysis.data_source})" if analysis.task else ""
     console.print(f"\n{analysis.backbone}{rows}: {len(analysis.weights)} Linears", highlight=False)
-    console.print(
-        "  stable and effective rank; directions for 80, 90 and 95 % of the energy, above the edge of noise and"
-    )
-    console.print("  above the hard threshold; IB: rank at the information bottleneck's optimum")
+    console.print(_LEGEND, highlight=False)
     columns = columns_of(analysis)
     console.print(_table("W, means by role", list(analysis.weights), [one for one in columns if one.of == "weight"]))
     if analysis.updates:
-        console.print(
-            f"\nthe update by {analysis.run}: its rank and effective rank, components for 90 % of its energy, and"
-        )
-        console.print("  how much of its outputs and inputs lies in W's largest directions, over what chance has")
+        console.print(f"\nThe update by {analysis.run}: {_UPDATE_LEGEND}", highlight=False)
         console.print(
             _table("ΔW, means by role", list(analysis.updates), [one for one in columns if one.of == "update"])
         )
