@@ -6,6 +6,7 @@ weights (for the default backbone), the hub itself. torch and transformers are i
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -200,20 +201,31 @@ def load_tokenizer(
     return _tokenizer_in(locate(name, id=id, path=path))
 
 
-def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
-    """Write a model, as safetensors, and its tokenizer, if it has one, as transformers reads them."""
+def save_pretrained(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, directory: Path, *, weights: bool = True
+) -> None:
+    """Write a model, as safetensors, and its tokenizer, if it has one, as transformers reads them; or all but the
+    ``weights``.
+    """
     try:
         with _quiet():
-            model.save_pretrained(directory)  # type: ignore[operator]
+            (model if weights else _described(model)).save_pretrained(directory)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
-        for weights in directory.glob("*.safetensors"):  # which safetensors makes for the owner alone
-            weights.chmod((directory / "config.json").stat().st_mode)
+        for file in directory.glob("*.safetensors"):  # which safetensors makes for the owner alone
+            file.chmod((directory / "config.json").stat().st_mode)
     except Exception as error:  # safetensors and tokenizers have wrapped the system's own errors, in types of no use
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+
+
+def _described(model: Any) -> PretrainedConfig:
+    """The configuration of a model, with its own class in it: that of the weights may be one without a head."""
+    config: PretrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
 
 
 def classifier_class(modality: Modality | None = None) -> str:

@@ -40,6 +40,10 @@ class BusyError(AutoLoRAError):
     """Another process works on the same run directory."""
 
 
+class ExportError(AutoLoRAError):
+    """A model cannot be written in a format, or would compute something else there."""
+
+
 class ServiceError(AutoLoRAError):
     """A service wants an account, cannot be reached, or refuses what it is sent."""
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, PlantedConfig, RunConfig, Section, SpeechConfig
+from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, RunConfig, Section, SpeechConfig
 from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
 from autolora.files import read_json, replacing_directory, writing
+from autolora.onnx_format import check_installed
 from autolora.results import RunDirectory
 from autolora.strategies.outside import PEFT_MISSING
 from autolora.validate import parse, require
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from autolora.backbones import Modality
 
 _HELP = """\
-usage: {program} run=DIR out=DIR [format=peft|merged] [backbone.path=DIR]
+usage: {program} run=DIR out=DIR [format=peft|merged|onnx] [backbone.path=DIR]
 
 Take the trained adapter out of the run directory of a complete run.
 
@@ -36,17 +37,20 @@ Take the trained adapter out of the run directory of a complete run.
   format=merged   the whole model, the adapter merged into its weights, that
                   transformers.AutoModelForSequenceClassification (images: AutoModelForImageClassification)
                   loads without PEFT or AutoLoRA
+  format=onnx     the merged model as model.onnx for batches of any shape, with its tokenizer and config.json;
+                  needs the extra autolora[onnx]
   backbone.path=DIR   where the pretrained model is now, if it is not where the run has found it
 
-strategy=full has the second only, strategy=prompt and strategy=prefix have the first only.
+strategy=full has all but the first, strategy=prompt and strategy=prefix have the first only.
 
-Before anything is written, the adapter is loaded into the backbone that it was trained on.
+Before anything is written, the adapter is loaded into the backbone that it was trained on. An ONNX file is kept only if
+onnxruntime computes the model's logits from it, on batches of several shapes.
 Exit codes: 0 done, 1 the export failed, 2 the command line is wrong.
 """
 
 # PEFT's names for what only PEFT can load.
-_VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING")
-_BY_PEFT = (*_VIRTUAL_TOKENS, "IA3")
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "PREFIX_TUNING")
+_BY_PEFT = (*VIRTUAL_TOKENS, "IA3")
 
 
 class Place(Section):
@@ -60,7 +64,7 @@ class Settings(Section):
 
     run: PathLike
     out: PathLike
-    format: Literal["peft", "merged"] = "peft"
+    format: Literal["peft", "merged", "onnx"] = "peft"
     backbone: Place = Place()
 
 
@@ -97,30 +101,50 @@ def export(settings: Settings) -> str:
         DataError: if the run is not complete, its files are damaged, or there is something in ``out``.
         BackboneError: if the backbone is nowhere to be found, or is another one than the run's.
         TargetError: if the adapter cannot be loaded or merged.
+        ExportError: if the packages that a format needs are missing, or a graph is not the model.
         PathError: if ``out`` cannot be made.
         DiskFullError: if there is no space.
     """
-    directory, out = RunDirectory(settings.run), settings.out
-    if directory.path.name == directory.result.name:
-        directory = RunDirectory(directory.path.parent)
+    directory, out = run_directory(settings.run), settings.out
     cfg = read_run(directory, settings.backbone.path)
     kind = kind_of(directory)
     _refuse(cfg, kind, settings.format)
     with writing(out):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
-    from autolora.backbones import classifier_class, save_pretrained
-
     trained, tokenizer = load(cfg, kind, directory.adapter)
     with replacing_directory(out) as folder:
         if settings.format == "peft":
             for file in directory.adapter.iterdir():
                 shutil.copyfile(file, folder / file.name)
+            use = "load it with peft.PeftModel.from_pretrained"
         else:
-            with _plain(trained, kind) as model:
-                save_pretrained(model, tokenizer, folder)
-    loader = "peft.PeftModel" if settings.format == "peft" else f"transformers.{classifier_class(_modality(cfg))}"
-    return f"written to {out}; load it with {loader}.from_pretrained"
+            with plain(trained, kind) as model:
+                use = _write_model(model, tokenizer, folder, settings.format, cfg)
+    return f"written to {out}; {use}"
+
+
+def _write_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path, form: str, cfg: RunConfig) -> str:
+    """Write a plain model with its tokenizer, if it has one, and say how it is used."""
+    from autolora.backbones import classifier_class, save_pretrained
+
+    save_pretrained(model, tokenizer, folder, weights=form == "merged")
+    if form == "merged":
+        return f"load it with transformers.{classifier_class(_modality(cfg))}.from_pretrained"
+    from autolora.onnx_format import OPSET, write_onnx
+
+    assert tokenizer is not None
+    inputs, difference = write_onnx(model, tokenizer, folder / "model.onnx", max_length=cfg.data.max_length)
+    return (
+        f"load model.onnx with onnxruntime.InferenceSession: opset {OPSET}, inputs {', '.join(inputs)} (int64, batch x "
+        f"length), logits within {difference:.1e} of the model's"
+    )
+
+
+def run_directory(path: Path) -> RunDirectory:
+    """The directory of a run, which its result stands for too."""
+    directory = RunDirectory(path)
+    return RunDirectory(path.parent) if path.name == directory.result.name else directory
 
 
 def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig:
@@ -136,12 +160,17 @@ def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig
         DataError: if the run is not complete, or its files are damaged or of another version.
         BackboneError: if the folder of the backbone is gone.
     """
-    from autolora.adapters.peft_format import read_sidecar
-
     status = directory.read_result().status
     if status != "complete":
         raise DataError(f"{directory.path}: expected a complete run, this one is {status}; give its command again")
+    from autolora.adapters.peft_format import read_sidecar
+
     sidecar = read_sidecar(directory.adapter)
+    if sidecar is None and (of_tasks := sorted(path.parent.name for path in directory.adapter.glob("*/autolora.json"))):
+        raise DataError(
+            f"{directory.path}: the run has an adapter for each task in adapter/ ({', '.join(of_tasks)}), each as "
+            "stock PEFT reads it: copy the folder of a task"
+        )
     if sidecar is None:
         raise DataError(f"{directory.path}: expected the folder adapter/ with autolora.json; run again with force=true")
     try:
@@ -154,7 +183,8 @@ def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig
                     "say with backbone.path=DIR where that is now"
                 )
             tree["backbone"]["path"] = str(folder)
-        return require({key: value for key, value in tree.items() if key != "data"})
+        tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("source", "dir", "cache_dir")}
+        return require(tree)
     except (OSError, yaml.YAMLError, TypeError, KeyError, ConfigError) as error:
         raise DataError(f"{directory.config}: cannot be used: {error}") from None
 
@@ -183,14 +213,27 @@ def _refuse(cfg: RunConfig, kind: str, form: str) -> None:
         raise DataError(
             f"format=peft: {strategy} has trained the whole model, so there is no adapter: use format=merged"
         )
-    if form == "merged" and isinstance(cfg.task, PlantedConfig):
-        raise DataError("format=merged: task=planted has no pretrained model to merge into: use format=peft")
-    if form == "merged" and kind in _VIRTUAL_TOKENS:
+    if form == "onnx" and _modality(cfg) is not None:
+        raise DataError(f"format=onnx: task={cfg.task.name}: graphs are written of models of text: use format=merged")
+    if form != "peft" and not isinstance(cfg.task, GlueTaskConfig) and _modality(cfg) is None:
+        raise DataError(f"format={form}: task={cfg.task.name} has no classifier to merge into: use format=peft")
+    if form != "peft" and kind in VIRTUAL_TOKENS:
         raise DataError(
-            f"format=merged: {strategy} trains virtual tokens, which no weight can take in: use format=peft"
+            f"format={form}: {strategy} trains virtual tokens, which no weight can take in: use format=peft"
         )
+    check_peft(cfg, kind)
+    if form == "onnx":
+        check_installed()
+
+
+def check_peft(cfg: RunConfig, kind: str) -> None:
+    """See that PEFT is there, if what was trained needs it.
+
+    Raises:
+        DataError: if it is not.
+    """
     if kind in _BY_PEFT and importlib.util.find_spec("peft") is None:
-        raise DataError(f"{strategy}: {PEFT_MISSING}")
+        raise DataError(f"strategy={cfg.strategy.name}: {PEFT_MISSING}")
 
 
 def load(cfg: RunConfig, kind: str, folder: Path) -> tuple[Any, PreTrainedTokenizerBase | None]:
@@ -234,7 +277,7 @@ def _modality(cfg: RunConfig) -> Modality | None:
 
 
 @contextmanager
-def _plain(trained: Any, kind: str) -> Iterator[nn.Module]:
+def plain(trained: Any, kind: str) -> Iterator[nn.Module]:
     """Inside this context what was trained is a plain model."""
     from autolora.adapters.bare import merged
     from autolora.adapters.wrapped import merge_wrapped

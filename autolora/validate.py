@@ -133,9 +133,9 @@ def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
 
 
 def _from_yaml(text: str) -> Any:
-    """The value that a text stands for; what is not YAML stands for itself."""
+    """The value that a text stands for; what is not YAML stands for itself, and so does a dash: no list of nothing."""
     try:
-        return yaml.safe_load(text)
+        return text if text == "-" else yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 

@@ -53,6 +53,11 @@ _LAYOUTS = {
 }
 
 
+def text_columns(task: GlueTask) -> tuple[str, ...]:
+    """What GLUE's own files call the text columns of a task: the names of ``GlueTask.fields`` or others."""
+    return _LAYOUTS[task.name].texts
+
+
 def find_local(task: GlueTask, root: Path, split: str) -> Path:
     """The TSV file of one split; folder and file names match in any case, and the folder with or without hyphens.
 
