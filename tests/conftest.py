@@ -38,13 +38,14 @@ def write_tokenizer(directory: Path) -> int:
     return len(vocabulary)
 
 
-@pytest.fixture(scope="session")
-def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a randomly initialised BERT (2 layers, width 32, 512 positions) and a tokenizer for ASCII text."""
+def write_bert(directory: Path, spread: float = 0.02) -> Path:
+    """A randomly initialised BERT (2 layers, width 32, 512 positions) and a tokenizer for ASCII text.
+
+    ``spread`` is the standard deviation of the weights: with the usual one all texts look nearly the same to it.
+    """
     import torch
     from transformers import BertConfig, BertModel
 
-    directory = tmp_path_factory.mktemp("tiny-bert")
     size = write_tokenizer(directory)
     config = BertConfig(
         vocab_size=size,
@@ -54,8 +55,26 @@ def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=64,
         max_position_embeddings=512,
         pad_token_id=0,
+        initializer_range=spread,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         BertModel(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a randomly initialised BERT (2 layers, width 32, 512 positions) and a tokenizer for ASCII text."""
+    return write_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def varied_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run on MNLI with modules of rank 0 that predicts every class: not to be changed."""
+    from small_runs import ran
+
+    folder = tmp_path_factory.mktemp("varied")
+    (folder / "bert").mkdir()
+    backbone = write_bert(folder / "bert", spread=0.3)
+    return ran(folder / "runs", "task=mnli", "strategy=autolora", "budget.rank=1", f"backbone.path={backbone}")

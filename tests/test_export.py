@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import errno
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 import yaml
+from onnxruntime import InferenceSession
 from peft import PeftModel
+from sklearn.metrics import accuracy_score, f1_score
+from small_runs import dev_logits, ran
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from autolora.backbones import load_backbone
-from autolora.compose import compose
 from autolora.export import main
-from autolora.run import run_one
+from autolora.tasks.glue import GLUE
 from autolora.tasks.mini import generate
+from autolora.tasks.records import Split
 
 SENTENCES = ["the cat and the street", "a great film , and a sad one", "no", "they were very happy with the old king"]
-FIXED = ["data.source=mini", "data.max_train=64", "trainer.max_steps=6", "trainer.accelerator=cpu", "logger=csv"]
-FIXED += ["trainer.precision=32-true", "trainer.enable_progress_bar=false", "optim.adapter.lr=0.02", "max_rank=4"]
-
-
-def ran(folder: Path, *overrides: str) -> Path:
-    run_one(compose([*FIXED, f"run_root={folder}", f"data.cache_dir={folder.parent / 'cache'}", *overrides]))
-    (run,) = folder.iterdir()
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,140 @@ def test_a_merged_folder_holds_a_transformers_model_and_nothing_of_ours(text_run
     assert not any(word in text.lower() for text in texts for word in ("lora", "peft", str(tmp_path).lower()))
 
 
+def in_onnxruntime(folder: Path, pairs: Split, batch_size: int) -> Tensor:
+    """Logits by onnxruntime and the tokenizer in the folder, without a model of transformers or ours."""
+    session = InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = []
+    for start in range(0, len(pairs), batch_size):
+        rows = pairs.take(range(start, min(start + batch_size, len(pairs))))
+        tokens = tokenizer(rows.text_a, rows.text_b, padding=True, truncation=True, max_length=128, return_tensors="np")
+        parts.append(torch.from_numpy(session.run(["logits"], dict(tokens))[0]))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def in_torch(model: nn.Module, tokenizer_folder: Path, pairs: Split, batch_size: int) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    parts = []
+    for start in range(0, len(pairs), batch_size):
+        rows = pairs.take(range(start, min(start + batch_size, len(pairs))))
+        tokens = tokenizer(rows.text_a, rows.text_b, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        parts.append(model.eval()(**tokens).logits)
+    return torch.cat(parts)
+
+
+@pytest.fixture(scope="module")
+def onnx_export(varied_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "out"
+    assert 0 in json.loads((varied_run / "ranks.json").read_text()).values()
+    assert export(varied_run, out, "format=onnx") == 0
+    return out
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 1), (7, 5), (67, 64)])
+def test_onnx_is_the_function_of_the_run_for_batches_of_any_shape(
+    rows: int, batch_size: int, onnx_export: Path, varied_run: Path
+) -> None:
+    found = in_onnxruntime(onnx_export, generate("mnli", "dev").take(range(rows)), batch_size)
+    torch.testing.assert_close(found, dev_logits(varied_run)[:rows], rtol=0, atol=1e-5)
+
+
+def test_an_onnx_folder_says_what_is_in_it(onnx_export: Path, varied_run: Path) -> None:
+    files = {file.name for file in onnx_export.iterdir()}
+    assert files == {"config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    config = AutoConfig.from_pretrained(onnx_export)
+    assert config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert config.architectures == ["BertForSequenceClassification"]
+    model = onnx.load(onnx_export / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    free = {name: ["batch", "length"] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    assert shapes == free | {"logits": ["batch", 3]}
+    names = {weights.name for weights in model.graph.initializer}
+    assert {"bert.embeddings.word_embeddings.weight", "classifier.bias"} <= names
+    raw = (onnx_export / "model.onnx").read_bytes().lower()
+    places = (str(Path(__file__).parents[1]), str(varied_run), "site-packages", "lora", "peft")
+    assert not [place for place in places if place.lower().encode() in raw]
+
+
+def dev_metrics_in_every_format(run: Path, out: Path, onnx_folder: Path, bare_model: nn.Module) -> None:
+    """From exported files, by stock PEFT, by stock transformers and by onnxruntime: the metrics of ``result.json``."""
+    for kind in ("peft", "merged"):
+        assert export(run, out / kind, f"format={kind}") == 0
+    result = json.loads((run / "result.json").read_text())
+    dev, expected, names = generate(result["task"], "dev"), dev_logits(run), GLUE[result["task"]].metrics
+    in_peft = PeftModel.from_pretrained(bare_model, str(out / "peft"))
+    in_transformers = AutoModelForSequenceClassification.from_pretrained(out / "merged")
+    logits = (
+        in_torch(in_peft, out / "merged", dev, 50),
+        in_torch(in_transformers, out / "merged", dev, 50),
+        in_onnxruntime(onnx_folder, dev, 50),
+    )
+    scores = {"accuracy": accuracy_score, "f1": f1_score}
+    for found in logits:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        metrics = {name: scores[name](dev.labels, found.argmax(1)) for name in names}
+        assert metrics == pytest.approx({name: result["metrics"]["all"][name] for name in names}, abs=1e-9)
+
+
+def test_all_three_formats_give_the_dev_metric_of_the_result(
+    varied_run: Path, onnx_export: Path, tmp_path: Path
+) -> None:
+    assert len(set(dev_logits(varied_run).argmax(1).tolist())) == 3
+    dev_metrics_in_every_format(varied_run, tmp_path, onnx_export, bare(varied_run.parents[1] / "bert"))
+
+
+@pytest.mark.slow
+def test_all_three_formats_give_the_dev_metrics_of_a_pretrained_model(tmp_path: Path) -> None:
+    run = ran(tmp_path / "runs", "task=mrpc", "data.max_train=null", "trainer.max_steps=60", "optim.adapter.lr=1e-3")
+    assert export(run, tmp_path / "onnx", "format=onnx") == 0
+    dev_metrics_in_every_format(run, tmp_path, tmp_path / "onnx", load_backbone(num_labels=2).model)
+
+
 def test_a_regression_keeps_its_kind(tiny_bert_dir: Path, tmp_path: Path) -> None:
     run = ran(tmp_path / "runs", "task=stsb", "strategy=uniform", "budget.rank=1", f"backbone.path={tiny_bert_dir}")
     assert export(run, tmp_path / "merged", "format=merged") == 0
     config = AutoConfig.from_pretrained(tmp_path / "merged")
     assert (config.num_labels, config.problem_type) == (1, "regression")
+    assert export(run, tmp_path / "onnx", "format=onnx") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "onnx").problem_type == "regression"
+    found = in_onnxruntime(tmp_path / "onnx", generate("stsb", "dev").take(range(40)), 16)
+    torch.testing.assert_close(found, dev_logits(run)[:40], rtol=0, atol=1e-4)
+
+
+def test_onnx_wants_packages(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    assert export(text_run, tmp_path / "out", "format=onnx") == 1
+    message = "error: format=onnx: onnxruntime is not installed: pip install 'autolora[onnx]'\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = torch.onnx.export
+
+    def wrong(model: Any, *args: Any, **options: Any) -> Any:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.classifier.bias[0] += 0.01
+        return real(other, *args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    assert export(text_run, tmp_path / "out", "format=onnx") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: format=onnx: onnxruntime computes something else than the model: on 1 rows of 1 ")
+    assert "a logit differs by 1.00e-02, and at most 0.0001 * (1 + |logit|) is rounding" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_planted_run_has_an_adapter_and_no_model(
@@ -111,8 +239,19 @@ def test_a_planted_run_has_an_adapter_and_no_model(
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["task_type"]) == ("planted", None)
     assert export(planted_run, tmp_path / "b", "format=merged") == 1
-    assert "task=planted has no pretrained model to merge into: use format=peft" in capsys.readouterr().err
+    assert "format=merged: task=planted has no classifier to merge into: use format=peft" in capsys.readouterr().err
+    assert export(planted_run, tmp_path / "b", "format=onnx") == 1
+    assert "format=onnx: task=planted has no classifier to merge into: use format=peft" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_planted_ranks_in_an_encoder_have_an_adapter_and_no_classifier(
+    tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ran(tmp_path / "runs", "task=planted_encoder", "budget.rank=1", f"backbone.path={tiny_bert_dir}")
+    assert export(run, tmp_path / "a") == 0
+    assert export(run, tmp_path / "b", "format=merged") == 1
+    assert "task=planted_encoder has no classifier to merge into: use format=peft" in capsys.readouterr().err
 
 
 def test_a_run_whose_data_are_gone_and_whose_paths_were_relative(
@@ -303,7 +442,7 @@ def test_nothing_is_overwritten(text_run: Path, tmp_path: Path, capsys: pytest.C
     ("arguments", "message"),
     [
         ([], "error: run: expected a value, got none\nerror: out: expected a value, got none\n"),
-        (["run=a", "out=b", "format=gguf"], "error: format=gguf: expected one of peft, merged, got 'gguf'\n"),
+        (["run=a", "out=b", "format=gguf"], "error: format=gguf: expected one of peft, merged, onnx, got 'gguf'\n"),
         (["run=a", "out=b", "frmat=peft"], "error: frmat=peft: unknown key frmat; did you mean format?\n"),
         (["run=a", "out=b", "merged"], "error: merged: expected key=value\n"),
     ],
@@ -320,6 +459,6 @@ def test_a_wrong_command_line_has_its_own_code(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     assert (
-        "usage: python -m autolora.export run=DIR out=DIR [format=peft|merged] [backbone.path=DIR]"
+        "usage: python -m autolora.export run=DIR out=DIR [format=peft|merged|onnx] [backbone.path=DIR]"
         in capsys.readouterr().out
     )

@@ -10,20 +10,23 @@ import pytest
 
 HEAVY = {
     "torch", "lightning", "pytorch_lightning", "transformers", "datasets", "torchmetrics", "wandb", "sklearn", "scipy",
-    "matplotlib", "peft", "pandas",
+    "matplotlib", "peft", "pandas", "onnx", "onnxruntime", "onnxscript",
 }  # fmt: skip
 LIGHT_MODULES = [
     "autolora.analyze",
     "autolora.compose",
     "autolora.config",
     "autolora.export",
+    "autolora.onnx_format",
     "autolora.paths",
     "autolora.plan",
+    "autolora.predict",
     "autolora.results",
     "autolora.roles",
     "autolora.strategies.autolora",
     "autolora.strategies.base",
     "autolora.strategies.uniform",
+    "autolora.tasks.examples",
     "autolora.tasks.glue",
     "autolora.train",
     "autolora.validate",
@@ -60,6 +63,22 @@ def test_light_modules_load_nothing_heavy() -> None:
 def test_help_and_configuration_errors_load_nothing_heavy(command: str, argv: list[str], code: int) -> None:
     script = f"""
 from autolora.{command} import main
+try:
+    main({argv!r})
+    code = 0
+except SystemExit as stop:
+    code = stop.code
+assert code == {code}, code
+"""
+    assert loaded_by(script) == set()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["--help"], 0), (["rnu=a"], 2), (["run=/not/there"], 1), (["run=a", "input=/not/there"], 1)]
+)
+def test_help_and_errors_of_predict_load_nothing_heavy(argv: list[str], code: int) -> None:
+    script = f"""
+from autolora.predict import main
 try:
     main({argv!r})
     code = 0

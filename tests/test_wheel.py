@@ -67,7 +67,7 @@ def test_what_runs_is_the_wheel(installed: Path, empty: Path) -> None:
     assert done.stdout.split() == [str(installed / "autolora" / "__init__.py"), str(installed / "autolora" / "conf")]
 
 
-@pytest.mark.parametrize("module", ["train", "export"])
+@pytest.mark.parametrize("module", ["train", "export", "predict"])
 def test_help_by_module_and_by_script(module: str, installed: Path, empty: Path) -> None:
     by_module = run(installed, empty, sys.executable, "-m", f"autolora.{module}", "--help")
     by_script = run(installed, empty, str(installed / "bin" / f"autolora-{module}"), "--help")

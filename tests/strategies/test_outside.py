@@ -371,6 +371,19 @@ def dev_logits(model: nn.Module, tokenizer: Any, folder: Path) -> Tensor:
     return logits
 
 
+def in_onnxruntime(file: Path) -> nn.Module:
+    """A graph with the calling convention of a model."""
+    from onnxruntime import InferenceSession
+
+    class Graph(nn.Module):
+        def forward(self, **tokens: Tensor) -> Any:
+            inputs = {name: tensor.numpy() for name, tensor in tokens.items()}
+            return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], inputs)[0]))
+
+    session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return Graph()
+
+
 def export(run: Path, out: Path, kind: str) -> int:
     try:
         export_main([f"run={run}", f"out={out}", f"format={kind}"])
@@ -433,6 +446,9 @@ def test_a_run_its_files_and_its_exports(
     codes = [export(files.path, tmp_path / kind, kind) for kind in ("peft", "merged")]
     errors = capfd.readouterr().err
     assert codes == [int(name == "full"), int(name in ("prompt", "prefix"))]
+    if name not in ("head", "bitfit"):  # plain models like those of full and ia3, and an export takes seconds
+        assert export(files.path, tmp_path / "onnx", "onnx") == codes[1]
+        assert capfd.readouterr().err == errors.replace("merged", "onnx") * codes[1]
     if name == "full":
         assert errors == (
             "error: format=peft: strategy=full has trained the whole model, so there is no adapter: use format=merged\n"
@@ -454,6 +470,9 @@ def test_a_run_its_files_and_its_exports(
         assert {file.name for file in (tmp_path / "merged").iterdir()} == whole
         assert merged.config.id2label == {0: "negative", 1: "positive"}
         torch.testing.assert_close(dev_logits(merged, backbone.tokenizer, sst2), expected, rtol=1e-4, atol=1e-5)
+        if name in ("full", "ia3"):
+            graph = in_onnxruntime(tmp_path / "onnx" / "model.onnx")
+            torch.testing.assert_close(dev_logits(graph, backbone.tokenizer, sst2), expected, rtol=1e-4, atol=1e-5)
 
 
 RESUMED = {
