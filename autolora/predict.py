@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,15 +123,20 @@ def predict(settings: Settings) -> int:
         task = GLUE[cfg.task.name]
         batches = read_batches(stream, task, form_of(settings.input), settings.batch_size, str(settings.input))
         with _predictor(cfg, task, kind, directory.adapter, settings.device) as predictor, _target(settings.out) as out:
-            rows = wrong = 0
-            for batch in batches:
-                answers = predictor.answers(batch)
-                out.write("".join(json.dumps(answer, allow_nan=False) + "\n" for answer in answers))
-                out.flush()
-                faults = [answer for answer in answers if "error" in answer]
-                for answer in faults:
-                    print(f"line {answer['line']}: {answer['error']}", file=sys.stderr)
-                rows, wrong = rows + len(answers), wrong + len(faults)
+            return _answer(predictor, batches, out)
+
+
+def _answer(predictor: Predictor, batches: Iterable[Sequence[Row]], out: IO[str]) -> int:
+    """Write a line for each row, a batch before the next is read; returns how many have an error."""
+    rows = wrong = 0
+    for batch in batches:
+        answers = predictor.answers(batch)
+        out.write("".join(json.dumps(answer, allow_nan=False) + "\n" for answer in answers))
+        out.flush()
+        faults = [answer for answer in answers if "error" in answer]
+        for answer in faults:
+            print(f"line {answer['line']}: {answer['error']}", file=sys.stderr)
+        rows, wrong = rows + len(answers), wrong + len(faults)
     if wrong:
         print(f"{wrong:,} of {rows:,} rows have an error in place of a prediction", file=sys.stderr)
     return wrong

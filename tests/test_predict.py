@@ -18,6 +18,7 @@ import torch
 from small_runs import dev_logits, dev_rows, ran
 from torch import Tensor
 
+from autolora.adapters.layer import LoRALinear
 from autolora.predict import Predictor, main
 from autolora.tasks.glue import GLUE
 from autolora.tasks.mini import generate
@@ -78,6 +79,22 @@ def test_other_batch_sizes_give_the_same_answers(
     found = read_lines(tmp_path / "out")
     assert [(row["line"], row["label"]) for row in found] == [(row["line"], row["label"]) for row in answers[:150]]
     torch.testing.assert_close(probabilities_of(found), probabilities_of(answers[:150]), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_would_merge_with_a_loss_stays_beside_its_weights(
+    varied_run: Path, answers: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge(layer: LoRALinear) -> None:
+        raise AssertionError("merged")
+
+    monkeypatch.setattr(LoRALinear, "merge", merge)
+    file = write_lines(tmp_path / "in", examples("mnli", 20))
+    with pytest.raises(AssertionError, match="merged"):
+        predict(varied_run, f"input={file}", f"out={tmp_path / 'out'}")
+    monkeypatch.setattr(LoRALinear, "merges_precisely", False)
+    assert predict(varied_run, f"input={file}", f"out={tmp_path / 'out'}") == 0
+    found = probabilities_of(read_lines(tmp_path / "out"))
+    torch.testing.assert_close(found, probabilities_of(answers[:20]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["full", "prompt", "prefix", "ia3"])
