@@ -243,12 +243,12 @@ def _of_model(cfg: RunConfig, problem: Problem | None, model: nn.Module, budget:
     from autolora.adapters import find_sites
     from autolora.parts import adapter_settings
     from autolora.reporting.theory import Analysis
-    from autolora.strategies.spectral import weight_matrix
+    from autolora.strategies.spectral import frozen_weight
     from autolora.theory.modules import weight_numbers
     from autolora.theory.spectra import spectrum_of
 
     sites = find_sites(model, adapter_settings(cfg))
-    spectra = {name: spectrum_of(weight_matrix(model, name)) for name in sites}
+    spectra = {name: spectrum_of(frozen_weight(model, name)) for name in sites}
     analysis = Analysis(
         backbone=cfg.backbone.label,
         weights={name: weight_numbers(spectrum) for name, spectrum in spectra.items()},

@@ -25,8 +25,10 @@ from autolora.network import why_unreachable
 from autolora.roles import outermost_heads
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from autolora.adapters.compress import Compression
 
 ProblemType = Literal["single_label_classification", "regression"]
 Modality = Literal["image", "audio"]
@@ -96,13 +98,15 @@ class Backbone:
     """A pretrained model with a new classification head, and its tokenizer.
 
     Args:
-        model: in float32 and evaluation mode, as transformers loads it: call ``model.train()`` before training.
+        model: in float32, but for what ``compression`` stores otherwise, and in evaluation mode, as transformers loads
+            it: call ``model.train()`` before training.
         name: the name, hub id or folder that was asked for.
         source: where the weights came from.
         num_parameters: parameters outside the head.
         fingerprint: SHA-256 of the weights on disk (of all shards in order).
         fresh: parameters outside the head that the weights do not have, and which therefore start at random
             (DistilBERT's ``pre_classifier``, for example).
+        stored_bytes: memory of parameters and buffers outside the head, as they are stored.
     """
 
     model: PreTrainedModel
@@ -112,6 +116,7 @@ class Backbone:
     num_parameters: int
     fingerprint: str
     fresh: tuple[str, ...] = ()
+    stored_bytes: int = 0
 
 
 def load_backbone(
@@ -123,6 +128,7 @@ def load_backbone(
     problem_type: ProblemType = "single_label_classification",
     labels: Sequence[str] | None = None,
     head_seed: int = 0,
+    compression: Compression | None = None,
 ) -> Backbone:
     """Load a sequence-classification model and its tokenizer.
 
@@ -137,10 +143,13 @@ def load_backbone(
         problem_type: what the labels are.
         labels: names of the classes, for the model's ``config.json``.
         head_seed: seed of the head's random stream.
+        compression: what becomes of the frozen weights once they are loaded.
 
     Raises:
         BackboneError: if the name is unknown; the weights are nowhere to be found, have the wrong hash, or do not fit
-            the model; or the model has no sequence-classification form, or a head under no known name.
+            the model; the model has no sequence-classification form, or a head under no known name; or its weights
+            cannot be compressed.
+        TargetError: if a pattern of ``compression.trained`` matches nothing.
     """
     assert problem_type != "regression" or num_labels == 1
     located = locate(name, id=id, path=path)
@@ -160,7 +169,23 @@ def load_backbone(
     heads = _require_head(model, located)
     head_size = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
     size = sum(p.numel() for p in model.parameters()) - head_size
-    return Backbone(model, tokenizer, located.name, located.source, size, fingerprint, fresh)
+    if compression:
+        from autolora.adapters.compress import compress
+
+        compress(model, compression, heads, fresh)
+    stored = _stored_bytes(model, heads)
+    return Backbone(model, tokenizer, located.name, located.source, size, fingerprint, fresh, stored)
+
+
+def _stored_bytes(model: nn.Module, without: Sequence[str]) -> int:
+    """Bytes of the parameters and buffers of a model, less those of some modules; what it holds twice counts once."""
+    left_out = {id(t) for name in without for t in _tensors(model.get_submodule(name))}
+    return sum(tensor.nbytes for tensor in _tensors(model) if id(tensor) not in left_out)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def load_classifier(

@@ -181,12 +181,27 @@ class DataConfig(Section):
             yield Conflict(keys[1:], f"data.dir={self.dir}: there is no such folder (relative to {Path.cwd()})")
 
 
+class SparsityConfig(Section):
+    """Which of the frozen weights are made 0; see ``autolora.adapters.pruned``."""
+
+    method: Literal["none", "unstructured", "2:4"] = "none"
+    amount: Annotated[float, Gt(0), Lt(1)] = 0.5
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A share is for the method that has a choice."""
+        if self.method != "unstructured" and self.amount != 0.5:
+            message = f"backbone.sparsity.amount={self.amount:g}: only has a meaning beside method=unstructured"
+            yield Conflict(("backbone.sparsity.amount", "backbone.sparsity.method"), message)
+
+
 class BackboneConfig(Section):
     """What is adapted. An ``id`` beside one of the known names makes it ``custom``: the name would be a lie."""
 
     name: BackboneName = "minilm"
     id: Text | None = None
     path: PathLike | None = None
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    sparsity: SparsityConfig = SparsityConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -205,8 +220,20 @@ class BackboneConfig(Section):
         """The name to file results under: of the folder or the hub id where one is given."""
         return self.path.resolve().name if self.path else (self.id or self.name)
 
+    @property
+    def compression(self) -> dict[str, Any]:
+        """What is done to the frozen weights: arguments of :class:`autolora.adapters.compress.Compression`."""
+        return {"quantization": self.quantization, "sparsity": self.sparsity.method, "amount": self.sparsity.amount}
+
     def conflicts(self) -> Iterator[Conflict]:
-        """A custom model has an id or a path, and a path has to be there."""
+        """A custom model has an id or a path, and a path has to be there; so has what quantises."""
+        yield from self.sparsity.conflicts()
+        if self.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+            message = (
+                f"backbone.quantization={self.quantization}: bitsandbytes is not installed: "
+                "pip install 'autolora[quantization]'"
+            )
+            yield Conflict(("backbone.quantization",), message)
         if self.name == "custom" and self.id is None and self.path is None:
             message = "backbone=custom: expected the model too: add backbone.id=ORG/NAME or backbone.path=DIR"
             yield Conflict(("backbone.name", "backbone.id", "backbone.path"), message)
@@ -498,6 +525,8 @@ class RunConfig(Section):
             yield Conflict(("task.name", "backbone.name"), message)
         if self.rank_multiple > 1:
             yield from self._multiples()
+        if not isinstance(self.task, GlueTaskConfig | MixtureConfig):
+            yield from self._own_weights()
         if self.retrain_on == "all":
             yield from self._without_heldout()
         if self.run_root.exists() and not self.run_root.is_dir():
@@ -549,6 +578,14 @@ class RunConfig(Section):
             yield Conflict(
                 ("task.name", "data.source", "data.dir"), "task=digits brings its rows: leave data.source, dir out"
             )
+
+    def _own_weights(self) -> Iterator[Conflict]:
+        """Planted ranks are written into weights in full precision, and only models of text are compressed."""
+        backbone = self.backbone
+        for key, value in (("quantization", backbone.quantization), ("sparsity.method", backbone.sparsity.method)):
+            if value != "none":
+                message = f"backbone.{key}={value}: task={self.task.name} needs its weights as they are: leave it out"
+                yield Conflict(("task.name", f"backbone.{key}"), message)
 
     def _without_heldout(self) -> Iterator[Conflict]:
         """Who trains on the held-out rows has none left to choose by."""

@@ -41,7 +41,8 @@ Take the trained adapter out of the run directory of a complete run.
                   needs the extra autolora[onnx]
   backbone.path=DIR   where the pretrained model is now, if it is not where the run has found it
 
-strategy=full has all but the first, strategy=prompt and strategy=prefix have the first only.
+strategy=full has all but the first, strategy=prompt and strategy=prefix have the first only. A merged model has float32
+weights: of a quantised backbone, those that its codes stand for.
 
 Before anything is written, the adapter is loaded into the backbone that it was trained on. An ONNX file is kept only if
 onnxruntime computes the model's logits from it, on batches of several shapes.
@@ -112,13 +113,19 @@ def export(settings: Settings) -> str:
     with writing(out):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
+    from autolora.parts import compression
+
     trained, tokenizer = load(cfg, kind, directory.adapter)
+    how = str(compression(cfg))
     with replacing_directory(out) as folder:
         if settings.format == "peft":
             for file in directory.adapter.iterdir():
                 shutil.copyfile(file, folder / file.name)
-            use = "load it with peft.PeftModel.from_pretrained"
+            belongs = f"; it belongs to the backbone with {how}" if how else ""
+            use = f"load it with peft.PeftModel.from_pretrained{belongs}"
         else:
+            if cfg.backbone.quantization != "none":
+                print(f"warning: {how}: merged weights are written in float32, several times as large", file=sys.stderr)
             with plain(trained, kind) as model:
                 use = _write_model(model, tokenizer, folder, settings.format, cfg)
     return f"written to {out}; {use}"
@@ -278,13 +285,16 @@ def _modality(cfg: RunConfig) -> Modality | None:
 
 @contextmanager
 def plain(trained: Any, kind: str) -> Iterator[nn.Module]:
-    """Inside this context what was trained is a plain model."""
+    """Inside this context what was trained is a plain model; quantised weights have become float32."""
     from autolora.adapters.bare import merged
+    from autolora.adapters.compress import restore
     from autolora.adapters.wrapped import merge_wrapped
 
     if kind == "MODEL":
         yield trained
-    elif kind in _BY_PEFT:
+        return
+    restore(trained if kind in _BY_PEFT else trained.model)
+    if kind in _BY_PEFT:
         yield merge_wrapped(trained)
     else:
         with merged(trained) as model:
@@ -307,7 +317,7 @@ def build_model(cfg: RunConfig) -> tuple[nn.Module, PreTrainedTokenizerBase | No
 
 def _classifier(cfg: RunConfig, task: GlueTaskConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from autolora.backbones import load_backbone
-    from autolora.parts import seed_for
+    from autolora.parts import compression, seed_for
     from autolora.tasks.glue import GLUE
 
     glue = GLUE[task.name]
@@ -317,6 +327,7 @@ def _classifier(cfg: RunConfig, task: GlueTaskConfig) -> tuple[nn.Module, PreTra
         problem_type=glue.problem_type,
         labels=glue.labels,
         head_seed=seed_for(cfg.seed, "head"),
+        compression=compression(cfg),
     )
     return backbone.model, backbone.tokenizer
 

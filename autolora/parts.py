@@ -14,6 +14,7 @@ from autolora.plan import Budget
 
 if TYPE_CHECKING:
     from autolora.adapters import AdapterSettings
+    from autolora.adapters.compress import Compression
     from autolora.backbones import Modality
     from autolora.strategies.base import Strategy
     from autolora.tasks.glue import GlueTask
@@ -190,8 +191,16 @@ def _text_arguments(cfg: RunConfig, glue: GlueTask) -> dict[str, Any]:
         "source": resolved.kind,
         "fingerprint": data_hash,
         "data_notes": notes,
+        "compression": compression(cfg),
         **_of_backbone(cfg),
     }
+
+
+def compression(cfg: RunConfig) -> Compression:
+    """What becomes of the frozen weights; modules that are trained in full stay as they are."""
+    from autolora.adapters.compress import Compression
+
+    return Compression(**cfg.backbone.compression, trained=cfg.adapter.modules_to_save or ())
 
 
 def make_strategy(cfg: RunConfig, problem: Problem) -> Strategy[Any]:

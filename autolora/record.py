@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from autolora import results
 from autolora.config import PlantedConfig, RunConfig
 from autolora.errors import AutoLoRAError
-from autolora.parts import say
+from autolora.parts import compression, say
 from autolora.plan import RankPlan
 from autolora.results import (
     Compute,
@@ -194,6 +194,7 @@ def save_adapter(run: Run) -> None:
             "data_fingerprint": problem.data_fingerprint,
             "budget": run.strategy.allowance,
             "seed": cfg.seed,
+            "compression": str(compression(cfg)),
             "config_hash": run.identity,
         },
     }
@@ -294,6 +295,7 @@ def facts(run: Run) -> dict[str, Any]:
         ),
         "price": priced,
         "adapter_bytes": sum(tensor.nbytes for tensor in adapters.kept()) if adapters else 0,
+        "backbone_bytes": problem.backbone_bytes,
         "seconds": seconds,
         "examples_per_second": examples / max(seconds.fit + seconds.retrain, 1e-9),
         "peak_memory_bytes": results.peak_memory_bytes() if gpu_peak is None else gpu_peak,

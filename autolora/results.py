@@ -33,7 +33,7 @@ from autolora.files import dump_json, read_json, replacing, write_json_atomic, w
 SCHEMA = 1
 _PACKAGES = (
     "autolora", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy",
-    "hydra-core", "pydantic", "wandb", "peft",
+    "hydra-core", "pydantic", "wandb", "peft", "bitsandbytes",
 )  # fmt: skip
 # What says where a run is kept and how it is watched, not what it computes. The data themselves are in the fingerprint.
 NOT_IDENTITY = (
@@ -41,6 +41,8 @@ NOT_IDENTITY = (
     "trainer.enable_progress_bar", "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_minutes",
     "trainer.keep_checkpoints",
 )  # fmt: skip
+# Keys that came when there were runs already, and the value that means what those did: they keep their identity.
+_LATER = {"backbone.quantization": "none", "backbone.sparsity": {"method": "none", "amount": 0.5}}
 _GIT_SECONDS = 5.0
 _OPTIONAL = ("planted", "found", "price", "error")
 
@@ -150,8 +152,9 @@ class RunResult(_Record):
     """The content of ``result.json``. NaN and infinities become null, and a note says so.
 
     ``ranks`` are those of the adapter that is evaluated and written. Where a run trains again after its selection,
-    ``retrain`` says at which plan, and ``found`` is the one that was selected. ``error`` is the traceback of a run that
-    failed.
+    ``retrain`` says at which plan, and ``found`` is the one that was selected. ``backbone_bytes`` is the memory of the
+    backbone's weights as they are stored, its head left out (``None`` where there is none, or in results of versions
+    that did not count it). ``error`` is the traceback of a run that failed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -170,6 +173,7 @@ class RunResult(_Record):
     params: Params
     price: Price | None = None
     adapter_bytes: int
+    backbone_bytes: int | None = None
     ranks: dict[str, int]
     seconds: Seconds
     examples_per_second: float
@@ -411,12 +415,9 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbon
     tree = cfg.model_dump(mode="json")
     if tree["strategy"].get("fingerprint"):
         del tree["strategy"]["path"]
-    for key in NOT_IDENTITY:
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        del node[last]
+    for key in (*NOT_IDENTITY, *(key for key, usual in _LATER.items() if _at(tree, key) == usual)):
+        parent, _, last = key.rpartition(".")
+        del _at(tree, parent)[last]
     identity = {
         "config": tree,
         "data_source": data_source,
@@ -425,6 +426,13 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbon
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    """What stands at a dotted key; the tree itself at none."""
+    for part in filter(None, key.split(".")):
+        tree = tree[part]
+    return tree
 
 
 def run_name(task: str, source: str, backbone: str, strategy: str, seed: int, digest: str) -> str:

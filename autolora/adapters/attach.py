@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autolora.adapters.gates import FixedGate, Gate, LearnedGate
 from autolora.adapters.layer import Init, LoRALinear
 from autolora.adapters.linear_like import site_of
+from autolora.adapters.quantized import count_weights
 from autolora.adapters.select import ALL_LINEAR, Targets, match_modules, match_ranks, select, under
 from autolora.adapters.shared import share_inputs
 from autolora.errors import PlanError, TargetError
@@ -178,7 +179,7 @@ class Adapters:
             "gate": _numel(self.gate_parameters()),
             "head": _numel(self.head_parameters()),
             "trainable": _numel(p for p in self.model.parameters() if p.requires_grad),
-            "total": _numel(self.model.parameters()),
+            "total": count_weights(self.model),
         }
 
     def summary(self) -> str:

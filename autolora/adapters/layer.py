@@ -248,7 +248,8 @@ class LoRALinear(nn.Module):
         if weight is None:
             raise TargetError(
                 f"merge: expected a floating-point weight matrix, got {type(self.base_layer).__name__} without one; "
-                "keep the adapter unmerged on this backbone"
+                "keep the adapter unmerged on this backbone, or give it such weights first "
+                "(autolora.adapters.compress.restore makes them from quantised ones)"
             )
         delta = self.delta_weight()
         merged = (weight.detach() + (delta.T if self.transposed else delta)).to(weight.dtype)

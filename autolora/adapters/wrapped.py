@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from autolora.adapters.attach import Adapters, AdapterSettings, fully_trained_modules, replace_modules, stream
 from autolora.adapters.fingerprint import check_fingerprint
-from autolora.adapters.peft_format.load import read_sidecar, read_tensors
+from autolora.adapters.peft_format.load import backbone_of, read_sidecar, read_tensors
 from autolora.adapters.peft_format.names import modules_of
 from autolora.adapters.peft_format.save import SIDECAR, WEIGHTS, sidecar_of
+from autolora.adapters.quantized import count_weights
 from autolora.adapters.select import under
 from autolora.errors import TargetError
 from autolora.files import dump_json, replacing_directory
@@ -45,6 +46,7 @@ class Wrapped(Adapters):
         sites: modules that an adapter could sit on, under the names of the model inside.
         heads: the modules trained in full, under the same names.
         before: every parameter that the model had before, and whether it required a gradient.
+        size: how many numbers those are.
     """
 
     model: PeftModel
@@ -55,6 +57,7 @@ class Wrapped(Adapters):
         sites: Mapping[str, Site],
         heads: Sequence[str],
         before: Sequence[tuple[nn.Parameter, bool]],
+        size: int,
     ) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
@@ -72,7 +75,7 @@ class Wrapped(Adapters):
         super().__init__(model, sites, {}, fully_trained, added)
         self.heads = list(heads)
         self._requires_grad = list(before)
-        self._size = sum(p.numel() for p, _ in before)
+        self._size = size
 
     def count(self) -> dict[str, int]:
         """As of adapters; ``added`` is what PEFT's method leaves (:meth:`kept`), and the head counts once.
@@ -129,7 +132,7 @@ def wrap(
     from peft import get_peft_model
 
     heads = fully_trained_modules(model, settings)
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    before, size = [(p, p.requires_grad) for p in model.parameters()], count_weights(model)
     config.modules_to_save = list(heads)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream(settings.seed, "peft").initial_seed())
@@ -138,7 +141,7 @@ def wrap(
                 wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise TargetError(f"PEFT cannot put {config.peft_type} into {type(model).__name__}: {error}") from None
-    return Wrapped(wrapped, sites, heads, before)
+    return Wrapped(wrapped, sites, heads, before, size)
 
 
 def save_wrapped(
@@ -196,7 +199,7 @@ def load_wrapped(model: nn.Module, directory: Path) -> PeftModel:
     assert sidecar is not None
     read_tensors(directory)
     fingerprint = sidecar["fingerprint"]
-    check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], sidecar["base_model"])
+    check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], backbone_of(sidecar))
     with _quiet():
         return PeftModel.from_pretrained(model, str(directory))
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from autolora.config import Conflict
 from autolora.plan import Budget, RankPlan
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from autolora.adapters import Adapters, AdapterSettings, Gate
-    from autolora.config import Conflict, RunConfig
+    from autolora.config import RunConfig
 
 Batch = dict[str, Any]
 LossFn = Callable[["nn.Module", Batch], "Tensor"]
@@ -56,6 +57,13 @@ class StrategyOptions(BaseModel):
     def conflicts_with(self, config: RunConfig) -> Iterator[Conflict]:
         """What of the rest of the configuration does not go with the strategy."""
         yield from ()
+
+
+def needs_float_weights(config: RunConfig, why: str) -> Iterator[Conflict]:
+    """What a strategy says that needs the frozen weights as numbers with a gradient, which codes have not."""
+    if (kind := config.backbone.quantization) != "none":
+        message = f"backbone.quantization={kind}: strategy={config.strategy.name} {why}: take another strategy or none"
+        yield Conflict(("backbone.quantization", "strategy.name"), message)
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,15 @@ of a new parameter (:class:`autolora.strategies.growing.Newcomers`). What never 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from autolora.config import Conflict, RunConfig
 from autolora.errors import ConfigError, PlanError
 from autolora.plan import RankPlan, even_order, proportional_order, spend
-from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
+from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions, needs_float_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +56,11 @@ class Options(StrategyOptions):
     until: float = Field(default=0.5, gt=0, le=1)
     heldout_batches: int = Field(default=4, ge=1)
     tolerance: float = Field(default=0.01, ge=0, lt=1)
+
+    def conflicts_with(self, config: RunConfig) -> Iterator[Conflict]:
+        """Weights without a gradient, which the sensitivity of IncreLoRA is made of."""
+        if self.importance == "increlora":
+            yield from needs_float_weights(config, "(importance=increlora) takes the gradient of the frozen weights")
 
 
 class Round(NamedTuple):

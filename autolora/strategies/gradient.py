@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from autolora.config import Conflict, RunConfig
 from autolora.errors import NonFiniteLossError, PlanError
 from autolora.plan import RankPlan, proportional_order, rank_by_score, spend
-from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions
+from autolora.strategies.base import Batch, Evaluate, LossFn, Strategy, StrategyOptions, needs_float_weights
 from autolora.strategies.spectral import weight_matrix
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Options(StrategyOptions):
 
     allocation: Literal["spectrum", "fisher"] = "spectrum"
     batches: int = Field(default=8, ge=1)
+
+    def conflicts_with(self, config: RunConfig) -> Iterator[Conflict]:
+        """Weights without a gradient."""
+        return needs_float_weights(config, "takes the gradient of the frozen weights")
 
 
 class Gradient(Strategy[Options]):

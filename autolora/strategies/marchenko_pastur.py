@@ -19,7 +19,7 @@ from typing import Literal
 
 from autolora.plan import RankPlan
 from autolora.strategies.base import Planned, StrategyOptions
-from autolora.strategies.spectral import scaled, weight_matrix
+from autolora.strategies.spectral import frozen_weight, scaled
 
 
 class Options(StrategyOptions):
@@ -40,7 +40,7 @@ class MarchenkoPastur(Planned[Options]):
         from autolora.theory.random_matrix import signal_directions
         from autolora.theory.spectra import spectrum_of
 
-        spectra = {name: spectrum_of(weight_matrix(self.model, name)) for name in self.largest}
+        spectra = {name: spectrum_of(frozen_weight(self.model, name)) for name in self.largest}
         self.signals = {name: signal_directions(spectra[name], self.options.threshold) for name in self.largest}
         return scaled(self.signals, self.largest, self.allowance)
 

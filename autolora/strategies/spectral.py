@@ -22,7 +22,7 @@ from autolora.plan import RankPlan, even_order, proportional_order, spend
 from autolora.strategies.base import Planned, StrategyOptions
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Options(StrategyOptions):
@@ -44,7 +44,7 @@ class Spectral(Planned[Options]):
         from autolora.theory.spectra import directions_needed, energies
 
         share = self.options.energy
-        needed = {name: directions_needed(energies(weight_matrix(self.model, name)), share) for name in self.largest}
+        needed = {name: directions_needed(energies(frozen_weight(self.model, name)), share) for name in self.largest}
         return scaled(needed, self.largest, self.allowance)
 
 
@@ -65,6 +65,14 @@ def scaled(shape: Mapping[str, float], largest: RankPlan, allowance: int | None)
         return largest
     scale = max(largest.values()) / max(shape.values())
     return RankPlan(largest.sites, {name: min(round(scale * shape[name]), largest[name]) for name in largest})
+
+
+def frozen_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight of a module; of a quantised one, that which its codes stand for."""
+    from autolora.adapters.quantized import QuantizedLinear
+
+    module = model.get_submodule(name)
+    return module.dequantized() if isinstance(module, QuantizedLinear) else weight_matrix(model, name)
 
 
 def weight_matrix(model: nn.Module, name: str) -> nn.Parameter:

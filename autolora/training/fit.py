@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save
 from torch import Tensor
 
+from autolora.adapters.quantized import check_device
 from autolora.errors import ConfigError, NonFiniteLossError
 from autolora.files import replacing
 from autolora.training.callbacks import HeldoutChoice
@@ -111,10 +112,12 @@ def fit(
     """Prepare the strategy on training data, and train; or go on from the checkpoint ``resume``.
 
     Raises:
+        BackboneError: if the weights of the model are quantised, and the device cannot compute with them.
         CheckpointError: if the checkpoint does not fit.
         Interrupted: if a signal asks to stop; there is a checkpoint then.
         NonFiniteLossError: if the loss stops being finite; the last good state is in ``last_good.safetensors`` then.
     """
+    check_device(problem.model, trainer.strategy.root_device)
     problem.model.train()
     if resume is None:
         module.strategy.prepare(problem.datamodule.train_dataloader(), module.loss)

@@ -64,6 +64,7 @@ class Problem(ABC):
         name: the task.
         data_source, data_fingerprint: where the data came from, and a hash of it.
         backbone, backbone_fingerprint: name of the pretrained model, and a hash of its weights where it has any.
+        backbone_bytes: memory of its weights as they are stored, from :meth:`build` on, where it has any.
         model: the model, from :meth:`build` on; without adapters until a strategy attaches them.
         datamodule: the batches, from :meth:`build` on: to fit, and the held-out slice to validate.
         default_budget: the budget where the user names none.
@@ -80,6 +81,7 @@ class Problem(ABC):
     data_fingerprint: str
     backbone: str
     backbone_fingerprint: str = ""
+    backbone_bytes: int | None = None
     model: nn.Module
     datamodule: Batches
     default_budget: Budget

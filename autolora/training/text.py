@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autolora.adapters.compress import Compression
 from autolora.backbones import head_modules, load_backbone
 from autolora.plan import Budget
 from autolora.strategies.base import Batch
@@ -50,6 +51,7 @@ class TextProblem(Problem):
         data_notes: what the user should know of the rows.
         backbone, backbone_fingerprint: name to file results under, and hash of the weights.
         weights: arguments of :func:`autolora.backbones.load_backbone`: name, id, path.
+        compression: what becomes of the frozen weights.
         settings: batches and seeds.
     """
 
@@ -67,6 +69,7 @@ class TextProblem(Problem):
         backbone: str,
         backbone_fingerprint: str,
         weights: Mapping[str, Any],
+        compression: Compression,
         settings: TextSettings,
     ) -> None:
         self.task = task
@@ -77,7 +80,7 @@ class TextProblem(Problem):
         self.backbone, self.backbone_fingerprint = backbone, backbone_fingerprint
         self.dev_splits = ("dev", *task.extra_dev)
         self.settings = settings
-        self._weights = dict(weights)
+        self._weights, self._compression = dict(weights), compression
 
     def build(self, *, all_rows: bool = False) -> None:
         """Load the pretrained model and make the batches."""
@@ -88,7 +91,9 @@ class TextProblem(Problem):
             problem_type=self.task.problem_type,
             labels=self.task.labels,
             head_seed=settings.head_seed,
+            compression=self._compression,
         )
+        self.backbone_bytes = self.pretrained.stored_bytes
         self.model = self.pretrained.model
         self.fresh: Sequence[str] = (*self.pretrained.fresh, *head_modules(self.model))
         if self.task.regression:

@@ -109,7 +109,7 @@ def load_peft(model: nn.Module, directory: Path | str) -> Adapters:
     contents = _sort(read_tensors(directory))
     if sidecar is not None:
         fingerprint = sidecar["fingerprint"]
-        check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], sidecar["base_model"])
+        check_fingerprint(fingerprint["hashes"], model, fingerprint["without"], backbone_of(sidecar))
         for name in [name for name in contents.a if sidecar["ranks"].get(name) == 0]:
             del contents.a[name], contents.b[name]  # stands in for an adapter, because PEFT needs one
         expected = [name for name, rank in sidecar["ranks"].items() if rank and not under(name, sidecar["in_full"])]
@@ -170,6 +170,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         text = ", ".join(malformed)
         raise DataError(f"{directory}: {CONFIG} has {text}, which no adapter has; copy or export it again")
     return config
+
+
+def backbone_of(sidecar: Mapping[str, Any]) -> str:
+    """The backbone that an adapter belongs to, and what was done to its weights, for a message."""
+    how = (sidecar.get("run") or {}).get("compression")
+    return f"{sidecar['base_model']} with {how}" if how else str(sidecar["base_model"])
 
 
 def read_sidecar(directory: Path) -> dict[str, Any] | None:
