@@ -38,6 +38,7 @@ KEYS = {
     "schema", "status", "task", "data_source", "data_fingerprint", "backbone", "backbone_fingerprint", "strategy",
     "seed", "metrics",
     "selection_metrics", "params", "adapter_bytes", "ranks", "seconds", "examples_per_second", "peak_memory_bytes",
+    "backbone_bytes",
     "steps", "compute", "retrain", "config_hash", "git", "versions", "hardware", "notes",
 }  # fmt: skip
 

@@ -40,8 +40,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 class QuantizedLinear(nn.Linear):
     """A frozen linear map with a quantised weight, and a bias as it was.
 
-    ``codes`` and ``scales`` are parameters without gradient: they move, are saved and are counted like any. There is no
-    ``weight``: what wants to change one, such as merging, fails instead of changing a copy.
+    ``weight`` holds the codes, as in bitsandbytes' own modules, and ``scales`` the scales: parameters without gradient,
+    which move and are saved like any. What wants to add to the weight, such as merging in PEFT, fails at their dtype.
 
     Args:
         base: an ``nn.Linear`` or GPT-2's ``Conv1D``; its bias is taken over, not copied.
@@ -60,8 +60,8 @@ class QuantizedLinear(nn.Linear):
         weight: Tensor = base.weight.detach()  # type: ignore[operator]
         if not bool(weight.isfinite().all()):
             raise BackboneError(f"backbone.quantization={kind}: expected finite weights, got NaN or infinite ones")
-        codes, scales = _quantize((weight.t() if self.conv1d else weight).contiguous(), kind)
-        self.codes = nn.Parameter(codes, requires_grad=False)
+        codes, scales = _quantized((weight.t() if self.conv1d else weight).contiguous(), kind)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         bias = base.bias
         assert bias is None or isinstance(bias, nn.Parameter)
@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Linear):
         """The weight that the codes stand for, shape ``(out, in)``: a copy, made anew at every call."""
         kernel = dtype if dtype in _KERNEL_DTYPES else torch.float32
         if self.kind == "int8":
-            weight = self.codes.to(kernel).mul_(self.scales.float().unsqueeze(1).mul(1.0 / 127.0))
+            weight = self.weight.to(kernel).mul_(self.scales.float().unsqueeze(1).mul(1.0 / 127.0))
         else:
             weight = self._from_nf4(kernel)
         return weight.to(dtype)
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Linear):
         shape, count = (self.out_features, self.in_features), self.out_features * self.in_features
         read = torch.Size(shape if self.in_features % 2 == 0 else (1, count + count % 2))
         state = QuantState(self.scales.float(), shape=read, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-        weight: Tensor = dequantize_4bit(self.codes, state)
+        weight: Tensor = dequantize_4bit(self.weight, state)
         return weight.flatten()[:count].view(shape)
 
     def restored(self) -> nn.Module:
@@ -126,7 +126,7 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.module.dequantized(gradient.dtype), None
 
 
-def _quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight ``(out, in)``, by bitsandbytes."""
     try:
         from bitsandbytes import functional
@@ -151,7 +151,7 @@ def count_weights(model: nn.Module) -> int:
     """The parameters of a model, where a quantised module counts as many as it had before."""
     stored = sum(p.numel() for p in model.parameters())
     return stored + sum(
-        module.in_features * module.out_features - module.codes.numel() - module.scales.numel()
+        module.in_features * module.out_features - module.weight.numel() - module.scales.numel()
         for module in quantized_modules(model).values()
     )
 
