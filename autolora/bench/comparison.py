@@ -83,7 +83,7 @@ def copy_runs(source: RunDirectory, root: Path, count: int, seed: int) -> None:
 
 
 def _overrides(settings: ComparisonSettings, precision: str) -> list[str]:
-    backbone = settings.backbone.model_dump(exclude_none=True)
+    backbone = {key: value for key, value in settings.backbone.weights.items() if value is not None}
     return [
         "-m",
         f"seed={','.join(map(str, range(settings.cells)))}",

@@ -129,7 +129,7 @@ def make_commands(settings: RunSettings, scratch: Path) -> dict[str, Command]:
 
 def _overrides(settings: RunSettings) -> list[str]:
     given = settings.data.model_dump(exclude_defaults=True, exclude={"cache_dir"}) | {"source": settings.data.source}
-    backbone = settings.backbone.model_dump(exclude_none=True)
+    backbone = {key: value for key, value in settings.backbone.weights.items() if value is not None}
     return [
         f"task={settings.task}",
         f"backbone={backbone.pop('name')}",

@@ -52,6 +52,15 @@ def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _in_float(model: BackboneConfig) -> BackboneConfig:
+    """What it is compared with computes with the weights as they are published."""
+    if (model.quantization, model.sparsity.method) != ("none", "none"):
+        raise ValueError(
+            "expected a backbone that is neither quantised nor pruned: leave quantization and sparsity out"
+        )
+    return model
+
+
 def _embedded(value: Any) -> Any:
     """Embedded data, unless a folder or another source is named: nothing is measured on what a network gives."""
     return {"source": "local" if value.get("dir") else "mini", **value} if isinstance(value, dict) else value
@@ -59,7 +68,7 @@ def _embedded(value: Any) -> Any:
 
 Shapes = Annotated[tuple[str, ...], AfterValidator(_shapes), BeforeValidator(_separated)]
 Data = Annotated[DataConfig, BeforeValidator(_embedded)]
-Model = Annotated[BackboneConfig, BeforeValidator(_by_name)]
+Model = Annotated[BackboneConfig, AfterValidator(_in_float), BeforeValidator(_by_name)]
 
 
 class Settings(Section):

@@ -188,6 +188,7 @@ def test_both_sides_of_a_run_train_on_the_same(tiny_bert_dir: Path, tmp_path: Pa
     [
         (["rounds=0", "onyl=limit"], 2, ["rounds=0: expected an integer >= 1, got 0", "did you mean only?"]),
         (["shapes=32"], 2, ["expected ROWSxTOKENS such as 32x32, got 32"]),
+        (["backbone.quantization=int8"], 2, ["expected a backbone that is neither quantised nor pruned: leave"]),
         (["suite=run", "data.dri=x"], 2, ["did you mean data.dir?"]),
         (["table=nowhere.json"], 1, ["nowhere.json: there is no such file"]),
         (["backbone.path=nowhere", "rounds=1"], 1, ["nowhere"]),

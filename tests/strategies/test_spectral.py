@@ -9,6 +9,7 @@ from strategies.trees import tree
 from torch import Tensor, nn
 
 from autolora.adapters import AdapterSettings
+from autolora.adapters.compress import Compression, compress, restore
 from autolora.errors import PlanError
 from autolora.plan import Budget, RankPlan
 from autolora.strategies.spectral import Spectral, weight_matrix
@@ -80,3 +81,18 @@ def test_a_module_without_a_weight_matrix_is_refused() -> None:
 
     with pytest.raises(PlanError, match=r"packed: expected a floating-point weight matrix, got none; choose another"):
         weight_matrix(nn.ModuleDict({"packed": Quantised()}), "packed")
+
+
+def test_a_quantised_model_has_the_ranks_of_the_weights_that_its_codes_stand_for() -> None:
+    def quantised() -> nn.Module:
+        model = model_of(SPECTRA)
+        compress(model, Compression(quantization="nf4"), [])
+        return model
+
+    torch.manual_seed(0)
+    on_codes = plan_of(quantised(), Budget(params=14 * 24))
+    torch.manual_seed(0)
+    model = quantised()
+    restore(model)
+    assert plan_of(model, Budget(params=14 * 24)) == on_codes
+    assert on_codes["b"] > on_codes["c"] > 0
