@@ -40,6 +40,8 @@ def row_of(run: Run, variant: str = "") -> dict[str, object]:
         "head_params": result.params.head,
         "peak_trainable": result.params.peak_trainable,
         "budget": result.params.budget,
+        "quantization": run.config.get("backbone.quantization"),
+        "sparsity": run.config.get("backbone.sparsity.method"),
         "backbone_bytes": result.backbone_bytes,
         "budget_rank": run.config.get("budget.rank"),
         "price_unit": result.price.unit if result.price else None,

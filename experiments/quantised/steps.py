@@ -8,6 +8,7 @@ own allocations in one step (``autolora.bench.memory``), weights included.
 from __future__ import annotations
 
 import csv
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which measures memory, notes its start and stop
 import torch
 
 from autolora.adapters import AdapterSettings, attach, find_sites
