@@ -43,8 +43,8 @@ NOT_IDENTITY = (
 )  # fmt: skip
 # Keys that came when there were runs already, and the value that means what those did: they keep their identity.
 _LATER = {
-    "backbone.quantization": "none", "backbone.sparsity": {"method": "none", "amount": 0.5}, "budget.cost": "parameters",
-    "budget.rows": 32, "rank_multiple": 1,
+    "backbone.quantization": "none", "backbone.sparsity": {"method": "none", "amount": 0.5},
+    "budget.cost": "parameters", "budget.rows": 32, "rank_multiple": 1,
 }  # fmt: skip
 _GIT_SECONDS = 5.0
 _OPTIONAL = ("planted", "found", "price", "error")
