@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from autolora.theory.information import Code
 
 
+_IGNORED = -100
+"""The label of places that a loss passes over, in torch and transformers."""
+
+
 class Options(StrategyOptions):
     """``examples`` of training data to look at, fewer where the data have fewer; ``beta``, the bits about the inputs
     that a bit about the labels is worth; ``permutations`` of the labels, which say what is chance.
@@ -166,7 +170,17 @@ def _look(
                 pooled[key] = pool(tensors, batch.get("attention_mask"), len(labels[-1]))
             if (rows := pooled[key]) is not None:
                 parts.setdefault(name, []).append(rows)
-    return parts, torch.cat(labels)
+    return parts, torch.cat(_as_wide(labels))
+
+
+def _as_wide(labels: list[Tensor]) -> list[Tensor]:
+    """Labels of every batch; those for each token are padded to the longest sequence, with what no loss counts."""
+    from torch.nn import functional as F
+
+    if labels[0].dim() < 2 or labels[0].is_floating_point():
+        return labels
+    longest = max(part.shape[1] for part in labels)
+    return [F.pad(part, (0, longest - part.shape[1]), value=_IGNORED) for part in labels]
 
 
 def first_examples(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ and 3)
 
 are entropy, joint entropy and mutual information, in bits, of the examples as the kernel tells them apart: S is at most
 :math:`\log_2 n`, and I is between 0 and the smaller S. As alpha goes to 1, S becomes von Neumann's entropy. For classes
-the kernel is 1 or 0, and S is the entropy of their frequencies. For vectors it is Gaussian; its width is the median
+the kernel is 1 or 0, and S is the entropy of their frequencies (:func:`label_gram` has the others). For vectors it is Gaussian; its width is the median
 distance (Garreau, Jitkrittum & Kanagawa, arXiv 1707.07269), or whatever else is to count as the same: I is of what
 differs by more than that.
 
@@ -76,17 +76,21 @@ def gaussian_gram(distances: Tensor, width: float) -> Tensor:
 
 
 def label_gram(labels: Tensor) -> Tensor:
-    """The Gram matrix of labels: 1 or 0 for classes ``(n,)`` of integers, Gaussian for scores ``(n,)`` or ``(n, d)``.
+    """The Gram matrix of labels: Gaussian for scores ``(n,)`` or ``(n, d)``, 1 or 0 for classes ``(n,)``, integers.
+
+    Sequences of classes ``(n, length)``, such as the tokens that a language model is to predict, are alike in the share
+    of the places at which they agree, padding included.
 
     Raises:
-        ValueError: if they are neither.
+        ValueError: if they are none of these.
     """
     if labels.is_floating_point() and labels.dim() in (1, 2):
         distances = squared_distances(labels.reshape(len(labels), -1).cpu())
         return gaussian_gram(distances, median_width(distances))
-    if labels.dim() == 1:
-        return (labels[:, None] == labels).cpu().double()
-    raise ValueError(f"expected a class, a score or a vector for each example, got labels of shape {(*labels.shape,)}")
+    if labels.dim() in (1, 2):
+        places = labels.reshape(len(labels), -1).cpu().double()
+        return 1 - torch.cdist(places, places, p=0) / max(1, places.shape[1])
+    raise ValueError(f"expected a class, a score or a row of them for each example, got shape {(*labels.shape,)}")
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,19 @@ def test_a_module_that_reads_no_example_is_left_out() -> None:
     assert strategy.finalize(lambda plan: 0.0) == {"read": 1, "places": 0}
 
 
+def test_tokens_to_predict_are_labels_too_and_batches_may_be_of_different_lengths() -> None:
+    def tokens(length: int, seed: int) -> Batch:
+        ids = torch.randint(1, 64, (24, length), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": ids, "labels": ids}
+
+    strategy = prepared(
+        make("gpt2"), [tokens(7, 0), tokens(5, 1)], Budget(rank=2),
+        loss=lambda model, batch: model(input_ids=batch["input_ids"]).logits.square().mean(),
+    )  # fmt: skip
+    assert list(strategy.codes) == list(strategy.largest)
+    assert 0.98 * (strategy.allowance or 0) <= strategy.finalize(lambda plan: 0.0).params <= (strategy.allowance or 0)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -190,9 +203,9 @@ def test_a_module_that_reads_no_example_is_left_out() -> None:
     [
         ({"x": torch.randn(4, 10)}, PlanError, "expected labels in every batch, got none: choose another strategy"),
         (
-            {"x": torch.randn(4, 10), "labels": torch.zeros(4, 6).long()},
+            {"x": torch.randn(4, 10), "labels": torch.zeros(4, 6, 2).long()},
             PlanError,
-            "expected a class, a score or a vector for each example",
+            "expected a class, a score or a row of them for each example",
         ),
         (
             {"x": torch.full((4, 10), torch.nan), "labels": torch.arange(4)},

@@ -136,7 +136,9 @@ def test_information_is_between_zero_and_the_smaller_entropy_and_symmetric(
     count: int, dims: int, seed: int, width: float, classes: bool
 ) -> None:
     a = gram_of(drawn(count, dims, seed=seed), width)
-    b = label_gram((drawn(count, seed=seed + 1) > 0).long()) if classes else gram_of(drawn(count, seed=seed + 1), width)
+    # several places of classes: the share of places at which two examples agree
+    places = (drawn(count, dims, seed=seed + 1) > 0).long()
+    b = label_gram(places) if classes else gram_of(drawn(count, seed=seed + 1), width)
     shared = float(mutual_information(a, b))
     assert -1e-7 <= shared <= min(float(entropy(a)), float(entropy(b))) + 1e-7
     assert shared == pytest.approx(float(mutual_information(b, a)), abs=1e-9)
@@ -151,8 +153,10 @@ def test_labels_of_every_kind() -> None:
     assert scores[0].tolist() == pytest.approx([1.0, math.exp(-1 / 8), math.exp(-9 / 8)])
     assert torch.equal(label_gram(torch.ones(3)), torch.ones(3, 3).double())
     assert label_gram(torch.randn(4, 2)).shape == (4, 4)
-    for wrong in (torch.zeros(3, 2).long(), torch.zeros(3, 2, 2)):
-        with pytest.raises(ValueError, match="expected a class, a score or a vector for each example, got labels of"):
+    tokens = label_gram(torch.tensor([[5, 6, 7, -100], [5, 0, 7, -100], [1, 2, 3, 4]]))
+    torch.testing.assert_close(tokens, torch.tensor([[1, 0.75, 0], [0.75, 1, 0], [0, 0, 1]]).double())
+    for wrong in (torch.zeros(3, 2, 2).long(), torch.zeros(3, 2, 2)):
+        with pytest.raises(ValueError, match="expected a class, a score or a row of them for each example, got shape"):
             label_gram(wrong)
 
 
