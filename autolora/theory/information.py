@@ -10,9 +10,9 @@ and 3)
 
 are entropy, joint entropy and mutual information, in bits, of the examples as the kernel tells them apart: S is at most
 :math:`\log_2 n`, and I is between 0 and the smaller S. As alpha goes to 1, S becomes von Neumann's entropy. For classes
-the kernel is 1 or 0, and S is the entropy of their frequencies (:func:`label_gram` has the others). For vectors it is Gaussian; its width is the median
-distance (Garreau, Jitkrittum & Kanagawa, arXiv 1707.07269), or whatever else is to count as the same: I is of what
-differs by more than that.
+the kernel is 1 or 0, and S is the entropy of their frequencies (:func:`label_gram` has other labels). For vectors it is
+Gaussian; its width is the median distance (Garreau, Jitkrittum & Kanagawa, arXiv 1707.07269), or whatever else is to
+count as the same: I is of what differs by more than that.
 
 Two facts to read the numbers by. A Gaussian kernel blurs, so that :math:`I(A; A)`, the most that anything can say about
 A, is below :math:`S(A)`. And the estimate has a bias: from n examples a code of many dimensions seems to know labels
