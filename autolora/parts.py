@@ -133,6 +133,7 @@ def _of_backbone(cfg: RunConfig) -> dict[str, Any]:
         "backbone": cfg.backbone.label,
         "backbone_fingerprint": weights_fingerprint(locate(**weights).directory),
         "weights": weights,
+        "compression": compression(cfg),
         "settings": TextSettings(
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
@@ -191,7 +192,6 @@ def _text_arguments(cfg: RunConfig, glue: GlueTask) -> dict[str, Any]:
         "source": resolved.kind,
         "fingerprint": data_hash,
         "data_notes": notes,
-        "compression": compression(cfg),
         **_of_backbone(cfg),
     }
 

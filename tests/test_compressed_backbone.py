@@ -337,10 +337,13 @@ def faults_of(*argv: str) -> list[str]:
             "strategy=dynamic_growth strategy.importance=increlora backbone.quantization=nf4",
             "backbone.quantization=nf4: strategy=dynamic_growth (importance=increlora) takes the gradient of the ",
         ),
-        ("task=planted backbone.quantization=int8", "backbone.quantization=int8: task=planted makes weights of its "),
+        (
+            "task=planted backbone.quantization=int8",
+            "backbone.quantization=int8: task=planted needs its weights as they are",
+        ),
         (
             "task=planted_encoder backbone.sparsity.method=unstructured",
-            "backbone.sparsity.method=unstructured: task=planted_encoder makes weights of its own: leave it out",
+            "backbone.sparsity.method=unstructured: task=planted_encoder needs its weights as they are: leave it out",
         ),
     ],
 )
@@ -375,10 +378,12 @@ def test_what_is_not_compressed_keeps_the_identity_it_had() -> None:
         owner, _, last = key.rpartition(".")
         del (tree[owner] if owner else tree)[last]
     del tree["backbone"]["quantization"], tree["backbone"]["sparsity"]
+    del tree["budget"]["cost"], tree["budget"]["rows"], tree["rank_multiple"]
     identity = {"config": tree, "data_source": "mini", "data_fingerprint": "f", "backbone_fingerprint": "w"}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     assert plain == hashlib.sha256(text.encode()).hexdigest()
-    for override in ("backbone.quantization=int8", "backbone.sparsity.method=2:4"):
+    later = ("backbone.quantization=int8", "backbone.sparsity.method=2:4", "budget.cost=flops", "rank_multiple=2")
+    for override in later:
         assert config_hash(compose(["strategy=uniform", override]), "mini", "f", "w") != plain
 
 

@@ -174,7 +174,7 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("strategy=autolara", "strategy=autolara: unknown strategy 'autolara'; did you mean 'autolora'? (available: "),
         (
             "task=mnlli",
-            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, digits, mnli, mnli_5k, mrpc, ",
+            "task=mnlli: unknown task 'mnlli'; did you mean 'mnli'? (available: cola, digits, mixture, mnli, mnli_5k, ",
         ),
         ("backbone=gpt5", "backbone=gpt5: unknown backbone 'gpt5' (available: bert_base, custom, "),
         ("budget=null", "budget=null: unknown budget 'null' (available: default, none)"),

@@ -170,7 +170,7 @@ def test_help_names_groups_choices_and_examples(option: str, runs: Runs, capsys:
     text = capsys.readouterr().out
     for line in (
         f"  strategy    {STRATEGIES}",
-        "  task        cola, mnli, mnli_5k, mrpc, planted, planted_encoder, qnli",
+        "  task        cola, digits, mixture, mnli, mnli_5k, mrpc, planted, planted_encoder, qnli",
         "budget.rank=4",
         "-m task=",
     ):

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from autolora.adapters.attach import replace_modules
+from autolora.adapters.attach import replace_modules, token_heads
 from autolora.adapters.layer import LoRALinear
 from autolora.adapters.linear_like import is_conv1d
 from autolora.adapters.peft_format.names import modules_of, outermost, places, with_ties, wrapped_in_full
@@ -24,8 +24,8 @@ from autolora.errors import BackboneError
 class Compression:
     """What becomes of the weights of every Linear outside the head, adapted or not.
 
-    Embeddings, norms, biases, heads, what is trained in full, what the pretrained weights lack, what the model holds in
-    two places, and what it wants in float32 stay as they are.
+    Embeddings, norms, biases, heads (those that predict tokens too), what is trained in full, what the pretrained
+    weights lack, what the model holds in two places, and what it wants in float32 stay as they are.
 
     Args:
         quantization: how weights are stored (:mod:`autolora.adapters.quantized`).
@@ -92,7 +92,7 @@ def compressible(model: nn.Module, in_full: Iterable[str]) -> list[str]:
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     twice = [name for name in every if len(held[id(model.get_submodule(name))]) > 1]
     float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    full = outermost(wrapped_in_full(every, with_ties(model, [*in_full, *twice])))
+    full = outermost(wrapped_in_full(every, with_ties(model, [*in_full, *twice, *token_heads(model)])))
     return [
         name
         for name in linear_modules(model)
