@@ -24,6 +24,10 @@ class TargetError(AutoLoRAError):
     """A pattern that selects modules matches nothing, or modules that cannot be adapted."""
 
 
+class AdapterError(AutoLoRAError):
+    """A bank has no adapter of this name, or has one already, or cannot hold it."""
+
+
 class PlanError(AutoLoRAError):
     """A rank plan or a budget is impossible for the model."""
 

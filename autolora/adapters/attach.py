@@ -333,6 +333,10 @@ class Adapters:
             parameter.grad = None
         return self.model
 
+    def settle(self) -> None:
+        """Throw away the copies that :meth:`detach` restores from; what was trained then stays when it is called."""
+        self._pristine, self._requires_grad = {}, []
+
     def _freeze(self) -> None:
         """Leave trainable only the fully trained modules and what is trained besides."""
         self.model.requires_grad_(False)

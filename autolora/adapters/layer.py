@@ -19,6 +19,9 @@ from autolora.plan import Site
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 INITS: tuple[str, ...] = get_args(Init)
 
+Casts = dict[torch.dtype, tuple[tuple[int, int], Tensor]]
+"""A frozen weight in other dtypes, each with the address and the version of the weight that was cast."""
+
 
 def init_a(weight: Tensor, init: Init, std: float, generator: torch.Generator | None) -> None:
     r"""Fill A, shape ``(r, in)``, in place.
@@ -66,6 +69,9 @@ class LoRALinear(nn.Module):
         fan_in_fan_out: whether the weight of ``base`` is ``(in, out)``; detected by default.
         generator: random stream for A, on the CPU.
 
+    Attributes:
+        casts: the base weight in other dtypes; layers on one base can share it.
+
     Raises:
         ValueError: if ``base`` is not linear-like or has an adapter already, or rank or dropout is out of range.
     """
@@ -108,7 +114,7 @@ class LoRALinear(nn.Module):
         self.dropout_p = dropout
         self.enabled = True
         self._original_weight: list[nn.Parameter] = []  # a list, so that the module does not register it
-        self._cast_weight: tuple[tuple[int, int], Tensor] | None = None
+        self.casts: Casts = {}
 
     @property
     def rank(self) -> int:
@@ -205,9 +211,10 @@ class LoRALinear(nn.Module):
         if weight.dtype == dtype or weight.requires_grad:
             return weight.to(dtype)
         stamp = (weight.data_ptr(), weight._version)
-        if self._cast_weight is None or self._cast_weight[0] != stamp or self._cast_weight[1].dtype != dtype:
-            self._cast_weight = stamp, weight.detach().to(dtype)
-        return self._cast_weight[1]
+        known = self.casts.get(dtype)
+        if known is None or known[0] != stamp:
+            known = self.casts[dtype] = stamp, weight.detach().to(dtype)
+        return known[1]
 
     @torch.no_grad()
     def fix_gate(self, mask: Tensor) -> None:

@@ -225,6 +225,16 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors_in_full(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter that are no factors, by the names that they have in the model without adapters.
+
+    Raises:
+        DataError: if the file is missing or damaged.
+        TargetError: if it has something else than LoRA factors of linear modules and what was trained itself.
+    """
+    return _sort(read_tensors(directory)).other
+
+
 def _sort(tensors: Mapping[str, Tensor]) -> _Contents:
     """Tell the tensors apart by their names, which differ a little between versions of PEFT.
 
