@@ -28,7 +28,6 @@ from autolora.roles import outermost_heads
 
 _CHOICES: ContextVar[Mapping[AdapterBank, Choice]] = ContextVar("the adapters that compute, by their bank")
 _CHANGING = threading.Lock()
-_HOLDER = "adapter_bank"
 _NOBODY = One(Member())
 
 
@@ -37,7 +36,7 @@ class AdapterBank:
 
     Outside of :meth:`use`, and inside of ``use(None)``, the model computes what it did before, with its own head. Each
     adapter has a model of its own, ``bank[name].model``, whose frozen tensors are those of the one model; its LoRA
-    factors and the modules that it trains in full are its own. These models are children of the one, so that ``train``,
+    factors and the modules that it trains in full are its own. The one model has them below it, so that ``train``,
     ``to`` and ``parameters`` reach every adapter, while an optimizer leaves those alone that have no gradient.
 
     Threads may compute at the same time in evaluation mode, and add and remove adapters meanwhile; a forward pass goes
@@ -65,7 +64,6 @@ class AdapterBank:
         self._adapters: dict[str, Adapters] = {}
         self._choices: dict[str, One] = {}
         self._holder = nn.Module()
-        model.add_module(_HOLDER, self._holder)
 
     # Which adapters there are ----------------------------------------------------------------------------------------
 
@@ -167,9 +165,7 @@ class AdapterBank:
 
     def bare(self) -> nn.Module:
         """The model as it was before it had a bank: modules of its own, with the same tensors."""
-        model = twin(self.model, {self._holder: self._holder})
-        del model._modules[_HOLDER]
-        return model
+        return twin(self.model)
 
     # Who computes ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +265,10 @@ class AdapterBank:
     def _make_slot(self, name: str) -> None:
         if name not in self._slots:
             original = self._originals[name]
-            slot = self._slots[name] = Slot(name, original, self._chosen)
+            slot = Slot(name, original, self._chosen)
+            if not self._slots:  # a child of the model itself could be taken for one of its layers
+                slot.adapters = self._holder
+            self._slots[name] = slot
             for parent in [*self._originals.values(), *self._slots.values()]:
                 for attribute, child in parent._modules.items():
                     if child is original and parent is not slot:
