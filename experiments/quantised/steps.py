@@ -27,7 +27,7 @@ from autolora.bench.memory import peak_bytes
 from autolora.plan import RankPlan
 
 KINDS = ("none", "int8", "nf4")
-ROWS, TOKENS, ROUNDS = 32, 32, 15
+ROWS, TOKENS, ROUNDS = 32, 32, 9
 COLUMNS = ("precision", "quantization", "cpu_ms", "ratio", "low", "high", "peak_mb", "weights_mb")
 
 
