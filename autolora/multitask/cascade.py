@@ -165,5 +165,5 @@ def _trade(
         sum(answer.adapter_flops for answer in answers) / rows,
         sum(answer.backbone_flops for answer in answers) / rows,
         sum(answer.seconds for answer in answers),
-        {rank: float((at == rank).float().mean()) for rank in ranks},
+        {rank: int((at == rank).sum()) / rows for rank in ranks},
     )

@@ -209,7 +209,7 @@ def router() -> dict[str, Any]:
             task: dict(zip(TASKS, found.mean(0).tolist(), strict=True)) for task, found in weights.items()
         },
         "routed_to_own": {
-            task: float((found.argmax(1) == k).float().mean()) for k, (task, found) in enumerate(weights.items())
+            task: int((found.argmax(1) == k).sum()) / len(found) for k, (task, found) in enumerate(weights.items())
         },
     }
 
