@@ -124,6 +124,10 @@ def read_command_line(arguments: Sequence[str]) -> Request:
     if not faults and "strategy" in typed and found[1].strategy.name not in theories:
         name = found[1].strategy.name
         faults.append(f"strategy={name}: expected one of the theories, to set its options: {', '.join(theories)}")
+    if not faults and found[1].budget.cost != "parameters":
+        faults.append(
+            f"budget.cost={found[1].budget.cost}: plans of an analysis are counted in parameters: leave it out"
+        )
     if faults:
         raise ConfigError("\n".join(faults))
     return Request(found[0].out, found[0].run, found[1], typed)

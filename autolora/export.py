@@ -14,7 +14,7 @@ import yaml
 
 from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, RunConfig, Section, SpeechConfig
 from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
-from autolora.files import read_json, replacing_directory, writing
+from autolora.files import read_json, replacing_directory, require_empty
 from autolora.onnx_format import check_installed
 from autolora.results import RunDirectory
 from autolora.strategies.outside import PEFT_MISSING
@@ -110,9 +110,7 @@ def export(settings: Settings) -> str:
     cfg = read_run(directory, settings.backbone.path)
     kind = kind_of(directory)
     _refuse(cfg, kind, settings.format)
-    with writing(out):
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise DataError(f"out={out}: expected a folder that is not there yet, or empty: name another")
+    require_empty(out)
     from autolora.parts import compression
 
     trained, tokenizer = load(cfg, kind, directory.adapter)

@@ -250,7 +250,7 @@ def adapter_settings(cfg: RunConfig, prices: Mapping[str, Sequence[int]] | None 
         bias=adapter.bias,
         rank_multiple=cfg.rank_multiple,
         prices={name: tuple(table) for name, table in prices.items()},
-        unit={"flops": "FLOPs", "latency": "ns"}.get(cfg.budget.cost, "parameters"),
+        unit={"flops": "FLOPs", "latency": "ns"}.get(cfg.budget.cost, "parameters") if prices else "parameters",
         seed=seed_for(cfg.seed, "adapters"),
     )
 

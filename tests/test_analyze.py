@@ -204,6 +204,7 @@ def test_a_run_that_cannot_be_used(
         (["out=OUT", "task=rte", "data.source=local"], 2, "expected the folder too: add data.dir=DIR"),
         (["out=OUT", "strategy=uniform"], 2, "strategy=uniform: expected one of the theories"),
         (["out=OUT", "budget.rnk=4", "ouut=x"], 2, "unknown key budget.rnk"),
+        (["out=OUT", "budget.cost=latency"], 2, "plans of an analysis are counted in parameters"),
         (["out=OUT", "backbone.path=TINY", "budget.params=3"], 1, "does not pay for a single component"),
         (["out=OUT", "backbone.path=TINY", "task=rte", "data.source=local", "data.dir=EMPTY"], 1, "RTE"),
         (["out=FILE/out", "backbone.path=TINY"], 1, "could not be written"),

@@ -40,7 +40,7 @@ class Analysis:
         weights, spectra: of every Linear that may carry an adapter, by its name.
         options: of the theories, by theory.
         plans: the ranks that each recommends.
-        budget: in parameters; ``None`` without one.
+        budget: in the unit of the plans; ``None`` without one.
         codes, beta, optima: what codes of modules' inputs say, the multiplier, and the rank at each one's optimum.
         run, updates, found: strategy and task of the run, its updates, and its ranks.
         notes: what the user should know.
@@ -123,7 +123,7 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
         )
     for name, plan in analysis.plans.items():
         limit = "" if analysis.budget is None else f" of {analysis.budget:,}"
-        console.print(f"\nstrategy={name}: {plan.params:,}{limit} parameters", highlight=False)
+        console.print(f"\nstrategy={name}: {plan.cost:,}{limit} {plan.unit}", highlight=False)
         table = heat_table(plan)
         table.title = None
         console.print(table)
