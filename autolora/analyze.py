@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autolora.command import carry_out
 from autolora.config import PathLike, RunConfig, Section
-from autolora.errors import AutoLoRAError, ConfigError, DataError
+from autolora.errors import ConfigError, DataError
 from autolora.files import replacing_directory, require_empty
 from autolora.plan import Budget
 from autolora.results import RunDirectory
@@ -83,23 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1 for an error that the user can mend, 2 if the command line is wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_HELP, end="")
-        return
-    try:
-        request = read_command_line(arguments)
-        require_empty(request.out)
-        with replacing_directory(request.out) as folder:
-            analysis = analyze(request)
-            from autolora.reporting.theory import print_analysis, write_analysis
+    carry_out(_analyze, argv, _HELP)
 
-            write_analysis(analysis, folder)
-        print_analysis(analysis)
-        print(f"written to {request.out}")
-    except AutoLoRAError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+def _analyze(arguments: Sequence[str]) -> None:
+    request = read_command_line(arguments)
+    require_empty(request.out)
+    with replacing_directory(request.out) as folder:
+        analysis = analyze(request)
+        from autolora.reporting.theory import print_analysis, write_analysis
+
+        write_analysis(analysis, folder)
+    print_analysis(analysis)
+    print(f"written to {request.out}")
 
 
 def read_command_line(arguments: Sequence[str]) -> Request:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from autolora.command import carry_out
 from autolora.config import DigitsConfig, GlueTaskConfig, PathLike, RunConfig, Section, SpeechConfig
-from autolora.errors import AutoLoRAError, BackboneError, ConfigError, DataError
+from autolora.errors import BackboneError, ConfigError, DataError
 from autolora.files import read_json, replacing_directory, require_empty
 from autolora.onnx_format import check_installed
 from autolora.results import RunDirectory
@@ -78,21 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1 if the export fails with an error that the user can mend, 2 if the command line is wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        program = "autolora-export" if Path(sys.argv[0]).name == "autolora-export" else "python -m autolora.export"
-        print(_HELP.format(program=program), end="")
-        return
-    try:
-        settings = parse(Settings, arguments)
-    except ConfigError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2)
-    try:
-        print(export(settings))
-    except AutoLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    program = "autolora-export" if Path(sys.argv[0]).name == "autolora-export" else "python -m autolora.export"
+    carry_out(lambda arguments: print(export(parse(Settings, arguments))), argv, _HELP.format(program=program))
 
 
 def export(settings: Settings) -> str:

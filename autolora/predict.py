@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from autolora.command import carry_out
 from autolora.config import Count, GlueTaskConfig, PathLike, RunConfig, Section
-from autolora.errors import AutoLoRAError, ConfigError, DataError, DiskFullError
+from autolora.errors import ConfigError, DataError, DiskFullError
 from autolora.export import VIRTUAL_TOKENS, Place, check_peft, kind_of, load, plain, read_run, run_directory
 from autolora.files import replacing, writing
 from autolora.tasks.examples import Example, Row, Stream, form_of, read_batches
@@ -76,26 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with the codes that the help text lists, if it is not 0.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_help(), end="")
-        return
+    carry_out(_predict, argv, _help())
+
+
+def _predict(arguments: Sequence[str]) -> int:
     try:
-        settings = parse(Settings, arguments)
-    except ConfigError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2)
-    try:
-        code = 3 if predict(settings) else 0
-    except AutoLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        code = 130
+        return 3 if predict(parse(Settings, arguments)) else 0
     except BrokenPipeError:
-        code = _NO_READER
-    if code:
-        sys.exit(code)
+        return _NO_READER
 
 
 def predict(settings: Settings) -> int:

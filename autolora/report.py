@@ -5,12 +5,11 @@ Nothing leaves the machine unless ``wandb=true`` asks for it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from autolora.command import carry_out
 from autolora.config import PathLike, Section, Text, WandbConfig
-from autolora.errors import AutoLoRAError, ConfigError
 from autolora.validate import parse
 
 _HELP = """\
@@ -55,15 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: 1 if there is nothing to report, or it cannot be written or published, 2 if the command line is
             wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_HELP, end="")
-        return
-    try:
-        report(parse(Settings, arguments))
-    except AutoLoRAError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    carry_out(lambda arguments: report(parse(Settings, arguments)), argv, _HELP)
 
 
 def report(settings: Settings) -> None:

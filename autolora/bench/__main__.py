@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, get_args
@@ -12,7 +11,8 @@ from autolora.bench import settings as options
 from autolora.bench.report import Row, Suite, machine, read_report, write_report
 from autolora.bench.settings import AnySettings, RunSettings, StrategiesSettings, TableSettings, read_command_line
 from autolora.bench.tables import line, markdown
-from autolora.errors import AutoLoRAError, ConfigError
+from autolora.command import carry_out
+from autolora.errors import ConfigError
 
 _HELP = f"""\
 usage: python -m autolora.bench [suite=steps|run|strategies|comparison] [key=value ...]
@@ -65,15 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1 for an error that the user can mend, 2 if the command line is wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_HELP, end="")
-        return
-    try:
-        _execute(read_command_line(arguments))
-    except AutoLoRAError as error:
-        print(*(f"error: {text}" for text in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    carry_out(lambda arguments: _execute(read_command_line(arguments)), argv, _HELP)
 
 
 def _execute(settings: AnySettings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,8 +9,9 @@ from typing import Annotated, Literal
 from annotated_types import Len
 from pydantic import Strict
 
+from autolora.command import carry_out
 from autolora.config import Conflict, Count, GlueName, NonNegative, PathLike, Section, Whole
-from autolora.errors import AutoLoRAError, ConfigError
+from autolora.errors import ConfigError
 from autolora.validate import parse
 
 _HELP = """\
@@ -67,24 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: 1 for an error that the user can mend, 2 if the command line is wrong, 130 after Ctrl-C, 143 after
             SIGTERM.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_HELP, end="")
-        return
-    from autolora.signals import Interrupted
-
-    try:
-        _carry_out(arguments)
-    except AutoLoRAError as error:
-        print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except Interrupted as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    carry_out(_study, argv, _HELP)
 
 
-def _carry_out(arguments: Sequence[str]) -> None:
+def _study(arguments: Sequence[str]) -> None:
     own = [argument for argument in arguments if argument.partition("=")[0] in Settings.model_fields]
     rest = [argument for argument in arguments if argument not in own]
     settings = parse(Settings, own)
