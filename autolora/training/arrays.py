@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autolora.backbones import Modality, head_modules, load_classifier
-from autolora.signals import leave_to_parent
 from autolora.tasks.records import Arrays
-from autolora.training.batches import BucketSampler
-from autolora.training.data import FIT, HELDOUT, Loader
-from autolora.training.problem import Batches, spread
+from autolora.training.data import FIT, HELDOUT, SplitBatches
 from autolora.training.text import TextProblem
 
 Prepare = Callable[[NDArray[np.float32]], Tensor]
@@ -44,16 +41,13 @@ class ArrayBatches(Dataset[dict[str, Tensor]]):
         return {self.name: self.prepare(self.rows.inputs[list(rows)]), "labels": self.labels[index], "index": index}
 
 
-class ArrayDataModule(Batches):
-    """Splits as loaders: ``fit`` shuffled, the others in order and complete.
+class ArrayDataModule(SplitBatches):
+    """Splits of rows that are all of one size.
 
     Args:
         splits: rows by split name.
         name, prepare: of the inputs (:class:`ArrayBatches`).
-        batch_size: rows of a training batch in each process.
-        eval_batch_size: rows of any other batch.
-        seed: of the data order.
-        num_workers: processes that prepare.
+        batch_size, eval_batch_size, seed, num_workers: of :class:`SplitBatches`.
     """
 
     def __init__(
@@ -67,53 +61,19 @@ class ArrayDataModule(Batches):
         seed: int,
         num_workers: int,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            splits, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, num_workers=num_workers
+        )
         self.splits = dict(splits)
         self.input_name, self.prepare_rows = name, prepare
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.seed, self.num_workers = seed, num_workers
 
-    def train_dataloader(self) -> Loader:
-        """Shuffled batches of ``fit``, the first time from :attr:`start` on."""
-        loader = self.shuffled_loader(FIT)
-        self.seek(loader, *self.start)
-        return loader
+    def lengths(self, name: str) -> NDArray[np.int64]:
+        """One for every row."""
+        return np.ones(len(self.splits[name]), dtype=np.int64)
 
-    @staticmethod
-    def seek(loader: Loader, epoch: int, batch: int) -> None:
-        """Let a loader of ours begin in the middle of an epoch."""
-        assert isinstance(loader.sampler, BucketSampler)
-        loader.sampler.load_state_dict({"epoch": epoch, "batch": batch})
-
-    def val_dataloader(self) -> list[Loader]:
-        """Batches of ``heldout``."""
-        return [self.ordered_loader(HELDOUT)]
-
-    def shuffled_loader(self, name: str) -> Loader:
-        """Batches as in training, of any split."""
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        equal = np.ones(len(self.splits[name]), dtype=np.int64)
-        sampler = BucketSampler(equal, self.batch_size, seed=self.seed, num_replicas=replicas, rank=rank)
-        return self._loader(name, sampler)
-
-    def ordered_loader(self, name: str, limit: int | None = None) -> Loader:
-        """The rows of a split in order, or so many of them (:func:`autolora.training.problem.spread`)."""
-        rows = spread(len(self.splits[name]), limit)
-        size = self.eval_batch_size
-        return self._loader(name, [rows[i : i + size] for i in range(0, len(rows), size)])
-
-    def _loader(self, name: str, sampler: Iterable[list[int]]) -> Loader:
-        return Loader(
-            ArrayBatches(self.splits[name], self.input_name, self.prepare_rows),
-            batch_size=None,  # the sampler yields whole batches
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_to_parent,
-            pin_memory=torch.cuda.is_available(),
-            # Without a generator of its own, every pass over a loader would draw from the global stream.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+    def rows(self, name: str) -> ArrayBatches:
+        """A split whose recordings are prepared batch by batch."""
+        return ArrayBatches(self.splits[name], self.input_name, self.prepare_rows)
 
 
 class ArrayProblem(TextProblem):

@@ -18,7 +18,7 @@ from autolora.backbones import head_modules
 from autolora.plan import Budget
 from autolora.strategies.base import Batch
 from autolora.training.batches import BucketSampler
-from autolora.training.data import FIT, HELDOUT, Loader
+from autolora.training.data import FIT, HELDOUT, Loader, loader
 from autolora.training.problem import Batches, Outputs, Problem, Scores
 from autolora.training.text import TextProblem
 
@@ -260,14 +260,6 @@ class MixedBatches(Batches):
         return self._loader(loaders, [(task, rows) for task, one in enumerate(loaders) for rows in one.sampler])
 
     def _loader(self, loaders: Sequence[Loader], sampler: Iterable[tuple[int, list[int]]]) -> Loader:
-        first = loaders[0]
-        return Loader(
-            TaggedBatches([loader.dataset for loader in loaders]),
-            batch_size=None,
-            sampler=sampler,
-            num_workers=first.num_workers,
-            persistent_workers=first.persistent_workers,
-            worker_init_fn=first.worker_init_fn,
-            pin_memory=first.pin_memory,
-            generator=torch.Generator().manual_seed(self.of_task[0].seed),
-        )
+        first = self.of_task[0]
+        rows = TaggedBatches([one.dataset for one in loaders])
+        return loader(rows, sampler, workers=first.num_workers, seed=first.seed)
