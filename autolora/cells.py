@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autolora.errors import DataError
-from autolora.files import read_json
+from autolora.files import read_json, write_json_atomic
 
 FOLDER = "cells"
+_SIZE = "sweep.json"
 
 
 class Cell(BaseModel):
@@ -39,10 +42,34 @@ class Cell(BaseModel):
 
     @property
     def last_words(self) -> list[str]:
-        """The end of its error: of a traceback what was raised, and what was noted on it."""
-        lines = (self.error or "").splitlines()
-        raised = [i for i, line in enumerate(lines) if line and not line.startswith((" ", "Traceback"))]
-        return lines[next((i for i in raised if i), 0) :] if lines and lines[0].startswith("Traceback") else lines
+        """The end of its error."""
+        return last_words(self.error)
+
+    @property
+    def state(self) -> str:
+        """Its status, or "killed" where it runs no more and could not say so."""
+        return "killed" if self.status == "running" and gone(self.process) else self.status
+
+
+def last_words(error: str | None) -> list[str]:
+    """Lines of an error: of a traceback what was raised, and what was noted on it."""
+    lines = (error or "").splitlines()
+    raised = [i for i, line in enumerate(lines) if line and not line.startswith((" ", "Traceback"))]
+    return lines[next((i for i in raised if i), 0) :] if lines and lines[0].startswith("Traceback") else lines
+
+
+def gone(process: tuple[str, int]) -> bool:
+    """Whether a process, given by its host and number, was of this machine and has ended."""
+    host, number = process
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def cell_file(sweep: Path, number: int) -> Path:
@@ -60,5 +87,28 @@ def read_cell(sweep: Path, number: int) -> Cell | None:
 
 def read_cells(sweep: Path) -> list[Cell]:
     """The cells that have begun, now or when the command was given before."""
+    return [cell for _, cell in _begun(sweep) if cell is not None]
+
+
+def damaged_cells(sweep: Path) -> list[Path]:
+    """Files that say nothing of the cells that they are of."""
+    return [file for file, cell in _begun(sweep) if cell is None]
+
+
+def _begun(sweep: Path) -> list[tuple[Path, Cell | None]]:
     numbers = sorted(int(file.stem) for file in (sweep / FOLDER).glob("[0-9]*.json"))
-    return [cell for cell in (read_cell(sweep, number) for number in numbers) if cell is not None]
+    return [(cell_file(sweep, number), read_cell(sweep, number)) for number in numbers]
+
+
+def write_size(sweep: Path, cells: int | None) -> None:
+    """Note how many cells a sweep has, begun or not; ``None`` where nobody knows."""
+    write_json_atomic(sweep / _SIZE, {"cells": cells})
+
+
+def cells_not_begun(sweep: Path) -> tuple[int, int]:
+    """How many cells have not begun, and how many there are; 0 of 0 where nobody knows."""
+    try:
+        size = int(read_json(sweep / _SIZE, "")["cells"])
+    except (DataError, TypeError, KeyError, ValueError):
+        return 0, 0
+    return max(0, size - len(_begun(sweep))), size

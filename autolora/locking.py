@@ -31,7 +31,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise BusyError(f"{folder}: {holder} is working on this run; wait for it, or stop it") from None
+            raise BusyError(f"{folder}: {holder} is working here; wait for it, or stop it") from None
         with writing(file):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,6 +48,9 @@ _LATER = {
 }  # fmt: skip
 _GIT_SECONDS = 5.0
 _OPTIONAL = ("planted", "found", "price", "error")
+
+
+_Name = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
 
 
 class _Record(BaseModel):
@@ -164,12 +167,12 @@ class RunResult(_Record):
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     status: Literal["complete", "failed", "interrupted"]
-    task: str
-    data_source: str
+    task: _Name
+    data_source: _Name
     data_fingerprint: str
-    backbone: str
+    backbone: _Name
     backbone_fingerprint: str = ""
-    strategy: str
+    strategy: _Name
     seed: int
     metrics: Metrics
     selection_metrics: dict[str, float | None] = Field(default_factory=dict)

@@ -21,10 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from autolora.cells import FOLDER, Cell, cell_file, read_cell, read_cells
+from autolora.cells import FOLDER, Cell, cell_file, gone, read_cell, read_cells, write_size
 from autolora.compose import Grid
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.files import write_json_atomic, writing
+from autolora.locking import exclusive
 from autolora.results import RunDirectory
 from autolora.signals import STOPPING, Interrupted, Signals, requeue
 
@@ -76,9 +77,18 @@ class Sweep:
         Returns:
             The exit code: 0 if all are complete, 1 if one failed or was stopped, 2 if its configuration was wrong,
             128 + the signal if one has asked the sweep to stop.
+
+        Raises:
+            BusyError: if another process carries out the same sweep.
         """
         with writing(self.path):
             (self.path / FOLDER).mkdir(parents=True, exist_ok=True)
+        with exclusive(self.path):
+            return self._carry_out(launch)
+
+    def _carry_out(self, launch: Callable[[], None]) -> int:
+        with writing(self.path):
+            write_size(self.path, self.grid.cells)
         self._stop.unlink(missing_ok=True)
         for cell in self.cells():
             if self.grid.force or cell.run is None or not RunDirectory(cell.run).result.exists():
@@ -212,7 +222,7 @@ class Sweep:
             if ours:
                 self._stop.write_text(str(stop.signum), encoding="ascii")
             requeue(stop)
-            if _gone(self.owner):  # nobody reads what a worker returns, and it would wait for ever
+            if gone(self.owner):  # nobody reads what a worker returns, and it would wait for ever
                 os._exit(stop.exit_code)
         elif ours and outcome.get("trained", True):
             cells = self.cells()
@@ -274,7 +284,7 @@ class Sweep:
     def _runs_here(self, cell: Cell) -> bool:
         """Whether a cell is running in another process of this machine."""
         elsewhere = cell.process[0] != self.owner[0] or cell.process == self.owner
-        return cell.status == "running" and cell.began >= self.began and not elsewhere and not _gone(cell.process)
+        return cell.status == "running" and cell.began >= self.began and not elsewhere and not gone(cell.process)
 
     def _write(self, cell: Cell) -> None:
         write_json_atomic(cell_file(self.path, cell.number), cell.model_dump(mode="json"))
@@ -282,20 +292,6 @@ class Sweep:
 
 def _this_process() -> tuple[str, int]:
     return socket.gethostname(), os.getpid()
-
-
-def _gone(process: tuple[str, int]) -> bool:
-    """Whether a process of this machine has ended."""
-    host, number = process
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _follow_parent(parent: int) -> None:

@@ -217,7 +217,7 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     pid = holder.stdout.readline().strip()
-    with pytest.raises(BusyError, match=rf"process {pid} on .* is working on this run"), exclusive(tmp_path):
+    with pytest.raises(BusyError, match=rf"process {pid} on .* is working here"), exclusive(tmp_path):
         pass
     holder.kill()
     holder.communicate()

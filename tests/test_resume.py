@@ -550,7 +550,7 @@ def test_a_second_process_on_a_run_says_who_holds_it(tmp_path: Path, stopper: St
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(BusyError, match=rf"process {holder.pid} on {socket.gethostname()} is working on this run"):
+    with pytest.raises(BusyError, match=rf"process {holder.pid} on {socket.gethostname()} is working here"):
         run_one(cfg)
     assert files.read_result().status == "interrupted"
     holder.kill()

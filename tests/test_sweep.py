@@ -163,6 +163,28 @@ def test_force_and_lost_runs_are_done_again(place: Path, monkeypatch: pytest.Mon
         assert printed[-1].startswith("sweep: 2 of 3 done, 1 failed" if lost else "sweep: 3 of 3 done, 0 failed")
 
 
+def test_a_sweep_is_carried_out_by_one_process_at_a_time(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    install(monkeypatch, lambda config: None)
+    assert exit_code("-m", "seed=0,1") == 0
+    (sweep,) = place.glob("runs/sweeps/*")
+    holder = f"from autolora.locking import exclusive\nwith exclusive(Path({str(sweep)!r})): print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"from pathlib import Path\n{holder}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        capsys.readouterr()
+        before = cells(place)
+        assert exit_code("-m", "seed=0,1") == 1
+        assert f"{sweep}: process {other.pid} on " in capsys.readouterr().err
+        assert cells(place) == before
+        other.stdin.close()
+    assert exit_code("-m", "seed=0,1") == 0
+
+
 def test_a_report_that_fails_does_not_hide_what_failed(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -83,7 +83,7 @@ def _refusals_of(server: str) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
-            f"wandb=true: {server} refused: {said}: check project=, entity= and the account (`wandb login --relogin`)"
+            f"wandb=true: {server}: {said}: check project=, entity= and the account (`wandb login --relogin`)"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,17 +117,14 @@ def _limits(arena: Arena) -> Iterator[str]:
             "may show one. Intervals over tasks suppose differences that are normal; where they disagree, the test "
             "decides."
         )
-    blind = sorted({one.task for one in tests if one.difference.over in ("seeds", "nothing")})
-    if blind:
-        unread = [
-            run.path.name
-            for one in arena.variants
-            for run in one.all_runs()
-            if run.task in blind and run.value is not None and run.scored is None
-        ]
+    blind = {one.task for one in tests if one.difference.over in ("seeds", "nothing")}
+    those = [run for one in arena.variants for run in one.all_runs() if run.task in blind and run.value is not None]
+    if whole := sorted({run.task for run in those if not run.in_points}):
+        yield f"Tests on {', '.join(whole)} are over seeds alone: the metric is one number for a whole run."
+    if unread := [run for run in those if run.in_points and run.scored is None]:
         yield (
-            f"Tests on {', '.join(blind)} are over seeds alone: predictions for each example are missing or are not "
-            f"those of result.json ({some_of(unread)})."
+            f"Tests on {', '.join(sorted({run.task for run in unread}))} are over seeds alone: predictions for each "
+            f"example are missing or are not those of result.json ({some_of([run.path.name for run in unread])})."
         )
 
 
@@ -183,6 +181,8 @@ def write_report(
         raise PathError(f"out={out}: expected a folder, got a file")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "index.html").exists():
+            shutil.rmtree(out / "figures", ignore_errors=True)  # those of an earlier report may not be drawn now
     rows = [
         row_of(run, variant.label) | {"arena": arena.name}
         for arena in arenas

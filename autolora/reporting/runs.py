@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from autolora.cells import FOLDER, Cell, read_cells
+from autolora.cells import FOLDER, Cell, cells_not_begun, damaged_cells, last_words, read_cells
 from autolora.errors import DataError
 from autolora.reporting.statistics import METRICS, Array, Scored
 from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
 
 LOWER_IS_BETTER = ("excess_error", "mse")
 _SAME = 1e-6
+_UNKNOWN = "not recorded"
 _PLANTED = ("planted", "planted_encoder")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -100,20 +101,14 @@ def load_runs(roots: Sequence[Path]) -> Found:
     for root in roots:
         cells = read_cells(root)
         directories += _runs_of(root, cells) if (root / FOLDER).is_dir() else _directories(root)
-        missing = (cell for cell in cells if cell.status != "complete")
-        found.skipped += [(cell.name, " ".join([cell.status, *cell.last_words])) for cell in missing]
+        found.skipped += _missing(root, cells)
     for directory in dict.fromkeys(directories):
         try:
-            result = read_result(directory)
-            if result.status != "complete":
-                found.skipped.append((directory, result.status))
-                continue
-            config = _flat(yaml.load(RunDirectory(directory).config.read_text(encoding="utf-8"), _Loader))
+            result = _complete_result(directory)
+            config = _read_config(RunDirectory(directory).config)
             found.runs.append(Run(directory, result, config, _task(result, config)))
         except DataError as error:
             found.skipped.append((directory, str(error).removeprefix(f"{directory}/")))
-        except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-            found.skipped.append((directory, f"config.yaml: {type(error).__name__}: {error}"))
     if not found.runs:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:10])
         where = ", ".join(map(str, roots))
@@ -128,6 +123,42 @@ def load_runs(roots: Sequence[Path]) -> Found:
     ]
     found.runs = _tell_data_apart(found.runs)
     return found
+
+
+def _missing(sweep: Path, cells: Sequence[Cell]) -> Iterator[tuple[Path | str, str]]:
+    """Cells of a sweep that gave no complete run, and why."""
+    for cell in cells:
+        if cell.status != "complete":
+            yield cell.name, ": ".join([cell.state, *cell.last_words[:1]])
+    for file in damaged_cells(sweep):
+        yield file, "damaged: its run is not used until the command of the sweep is repeated"
+    left, size = cells_not_begun(sweep)
+    if left:
+        yield sweep, f"{left} of {size} cells have not begun: repeat the command of the sweep"
+
+
+def _complete_result(directory: Path) -> RunResult:
+    if not directory.is_dir():
+        raise DataError("the run's folder is gone")
+    if not RunDirectory(directory).result.exists():
+        raise DataError("no result.json: the run is under way or was killed; its command, repeated, goes on")
+    result = read_result(directory)
+    if result.status != "complete":
+        raise DataError(": ".join([result.status, *last_words(result.error)[:1]]))
+    return result
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """One value for each dotted key."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise DataError(f"{file}: could not read it: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{file}: not a configuration: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, Mapping):
+        raise DataError(f"{file}: expected keys and values, got {type(tree).__name__}")
+    return _flat(tree)
 
 
 def _task(result: RunResult, config: Mapping[str, Any]) -> str:
@@ -163,6 +194,8 @@ def _runs_of(sweep: Path, cells: Sequence[Cell]) -> Iterator[Path]:
 
 def _directories(root: Path) -> Iterator[Path]:
     """Folders under ``root`` that a run has begun in."""
+    if root.is_file():
+        raise DataError(f"runs={root}: expected a folder, got a file")
     if not root.is_dir():
         raise DataError(f"runs={root}: there is no such folder (relative to {Path.cwd()})")
     if (root / "config.yaml").is_file() or (root / "result.json").is_file():
@@ -192,7 +225,7 @@ def _keep_one_of_each(found: Found) -> None:
         first = kept.setdefault(run.result.config_hash, run)
         if first is run:
             continue
-        same = (first.result.metrics.all, first.result.ranks) == (run.result.metrics.all, run.result.ranks)
+        same = (first.result.metrics, first.result.ranks) == (run.result.metrics, run.result.ranks)
         if not same:
             found.flagged.append(
                 f"{run.path} and {first.path} have the same configuration and different numbers "
@@ -376,7 +409,7 @@ def _short_key(key: str, keys: Sequence[str]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else " ".join(str(value).split())
 
 
 def settings_apart(variants: Sequence[Variant]) -> list[str]:
@@ -421,13 +454,16 @@ def circumstances_apart(variants: Sequence[Variant]) -> list[str]:
     commits = {str(run.result.git.commit)[:10] for one in variants for run in one.all_runs()}
     if len(commits) > 1:
         lines.append(f"commit: {some_of(sorted(commits))}")  # a long study goes through several, whatever the strategy
+    changed = [run.path.name for one in variants for run in one.all_runs() if run.result.git.dirty]
+    if changed:
+        lines.append(f"code that was changed and not committed: {some_of(changed)}")
     return lines
 
 
 _CIRCUMSTANCES: dict[str, Callable[[RunResult], str]] = {
-    "precision": lambda result: str(result.hardware.get("precision")),
-    "device": lambda result: str(result.hardware.get("gpu") or result.hardware.get("cpu")),
-    "torch": lambda result: str(result.versions.get("torch")),
+    "precision": lambda result: str(result.hardware.get("precision") or _UNKNOWN),
+    "device": lambda result: str(result.hardware.get("gpu") or result.hardware.get("cpu") or _UNKNOWN),
+    "torch": lambda result: result.versions.get("torch") or _UNKNOWN,
 }
 
 

@@ -248,7 +248,7 @@ def test_a_server_that_refuses(few: Path, tmp_path: Path, service: StandIn) -> N
     service.refuses = True
     done = report(few, tmp_path / "out", service.environment(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: wandb=true: {service.url} refused: ")
+    assert done.stderr.startswith(f"error: wandb=true: {service.url}: ")
     assert "permission denied" in done.stderr
     assert done.stderr.count("\n") == 1
     assert_written(tmp_path / "out")

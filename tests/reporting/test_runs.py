@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,9 @@ from typing import Any
 import pytest
 from reporting.fake_runs import change_result, write_run
 
-from autolora.cells import Cell, cell_file
+from autolora.cells import Cell, cell_file, write_size
 from autolora.errors import DataError
-from autolora.reporting.runs import Run, load_runs, variants
+from autolora.reporting.runs import Run, circumstances_apart, load_runs, variants
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -21,7 +25,8 @@ def labels(runs: list[Run]) -> list[str]:
 
 def test_complete_runs_are_read_and_the_rest_is_named(tmp_path: Path) -> None:
     good = write_run(tmp_path)
-    failed = write_run(tmp_path, seed=1, status="failed")
+    trace = "Traceback (most recent call last):\n  File x\nValueError: rank"
+    failed = write_run(tmp_path, seed=1, status="failed", error=trace)
     half = write_run(tmp_path, seed=2)
     (half / "result.json").write_text('{"schema": 1, "status": "comp')
     old = write_run(tmp_path, seed=3)
@@ -34,10 +39,10 @@ def test_complete_runs_are_read_and_the_rest_is_named(tmp_path: Path) -> None:
     assert [run.path for run in found.runs] == [good]
     reasons = {path: reason for path, reason in found.skipped}
     assert reasons.keys() == {failed, half, old, begun}
-    assert reasons[failed] == "failed"
+    assert reasons[failed] == "failed: ValueError: rank"
     assert "could not read it" in reasons[half]
     assert "expected a result of schema 1, got 0" in reasons[old]
-    assert "there is no result" in reasons[begun]
+    assert "under way or was killed" in reasons[begun]
     assert [run.path for run in load_runs([good, tmp_path, good]).runs] == [good]
 
 
@@ -67,17 +72,54 @@ def test_a_sweep_is_read_by_its_folder(tmp_path: Path) -> None:
     write_cells(sweep, [{"status": "complete", "run": mine}, {"status": "running"}, failed])
     found = load_runs([sweep])
     assert [run.path for run in found.runs] == [mine]
-    assert found.skipped == [("seed=1", "running"), ("seed=2", "failed ValueError: rank")]
+    assert found.skipped == [("seed=1", "running"), ("seed=2", "failed: ValueError: rank")]
     assert [run.path for run in load_runs([sweep, tmp_path / "runs"]).runs] == [mine, other]
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere"
     assert [run.path for run in load_runs([moved / "sweeps" / "grid"]).runs] == [moved / mine.name]
 
 
+def test_cells_that_were_killed_damaged_or_never_begun_are_named(tmp_path: Path) -> None:
+    mine = write_run(tmp_path / "runs")
+    sweep = tmp_path / "runs" / "sweeps" / "grid"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    states = [{"status": "complete", "run": mine}, {"process": (here, ended.pid)}, {"process": (here, os.getpid())}, {}]
+    write_cells(sweep, states)
+    cell_file(sweep, 3).write_text("{half")
+    write_size(sweep, 9)
+    found = load_runs([sweep])
+    assert [run.path for run in found.runs] == [mine]
+    reasons = dict(found.skipped)
+    assert reasons["seed=1"] == "killed"
+    assert reasons["seed=2"] == "running"
+    assert reasons[cell_file(sweep, 3)].startswith("damaged: ")
+    assert reasons[sweep].startswith("5 of 9 cells have not begun")
+    (sweep / "sweep.json").write_text("[]")  # of another version: nobody knows how many there are
+    assert sweep not in dict(load_runs([sweep]).skipped)
+
+
+def test_a_cell_whose_run_was_removed_is_named(tmp_path: Path) -> None:
+    mine, gone = write_run(tmp_path / "runs"), tmp_path / "runs" / "gone"
+    sweep = tmp_path / "runs" / "sweeps" / "grid"
+    write_cells(sweep, [{"status": "complete", "run": mine}, {"status": "complete", "run": gone}])
+    assert load_runs([sweep]).skipped == [(gone, "the run's folder is gone")]
+
+
+def test_names_are_of_one_line(tmp_path: Path) -> None:
+    """Or they would end the comment of a table in TeX, and a row of one in Markdown."""
+    good, bad = write_run(tmp_path), write_run(tmp_path, seed=1)
+    change_result(bad, backbone="x\n\\input{file}")
+    found = load_runs([tmp_path])
+    assert [run.path for run in found.runs] == [good]
+    assert found.skipped == [(bad, "result.json: missing or malformed fields: backbone; run again with force=true")]
+
+
 def write_cells(sweep: Path, known: Sequence[Mapping[str, Any]]) -> None:
     (sweep / "cells").mkdir(parents=True)
     for i, one in enumerate(known):
-        cell = Cell(number=i, overrides=(f"seed={i}",), began=0.0, process=("host", 1), **one)
+        cell = Cell(**{"number": i, "overrides": (f"seed={i}",), "began": 0.0, "process": ("host", 1), **one})
         cell_file(sweep, i).write_text(cell.model_dump_json())
 
 
@@ -90,15 +132,41 @@ def test_one_configuration_counts_once_and_other_numbers_are_flagged(tmp_path: P
     assert [path.parent.name for path, _ in found.skipped] == ["b", "c"]
     (flag,) = found.flagged
     assert "same configuration and different numbers (accuracy 0.5 and 0.8)" in flag
+    change_result(write_run(tmp_path / "c"), metrics={"primary": "accuracy", "value": 0.5, "all": {"accuracy": 0.8}})
+    assert len(load_runs([tmp_path / name for name in "ac"]).flagged) == 1
 
 
-def test_a_configuration_that_is_not_text_is_skipped_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "config.yaml: not a configuration: 'utf-8' codec"),
+        (b"a: {b\n", "config.yaml: not a configuration: while parsing"),
+        (b"[a]", "config.yaml: expected keys and values, got list"),
+        (None, "config.yaml: could not read it: No such file"),
+    ],
+)
+def test_a_configuration_that_is_none_is_skipped_and_named(tmp_path: Path, content: bytes | None, said: str) -> None:
     write_run(tmp_path)
     broken = write_run(tmp_path, seed=1)
-    (broken / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    file = broken / "config.yaml"
+    file.unlink() if content is None else file.write_bytes(content)
     ((path, reason),) = load_runs([tmp_path]).skipped
     assert path == broken
-    assert "UnicodeDecodeError" in reason
+    assert reason.startswith(said)
+    assert "\n" not in reason
+
+
+def test_what_the_code_and_the_library_were_is_said_where_it_matters(tmp_path: Path) -> None:
+    def lines() -> list[str]:
+        return circumstances_apart(variants(load_runs([tmp_path]).runs, []))
+
+    write_run(tmp_path, git={"commit": "a", "dirty": False}, versions={"torch": "2.0"})
+    assert lines() == []
+    other = write_run(tmp_path, strategy="random", git={"commit": "a", "dirty": True}, versions={})
+    assert lines() == [
+        "torch: 2.0 (uniform), not recorded (random)",
+        f"code that was changed and not committed: {other.name}",
+    ]
 
 
 def test_a_run_without_a_score_is_named(tmp_path: Path) -> None:
