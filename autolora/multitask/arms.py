@@ -50,21 +50,22 @@ class Outcome:
     @property
     def value(self) -> float | None:
         """It on dev."""
-        return self.result.metrics.all[self._key(self.metric)]
+        return self.result.metrics.all[f"{self._prefix}{self.metric}"]
 
     @property
     def adapter(self) -> Path:
         """The task's own adapter, as stock PEFT reads it."""
-        folder = RunDirectory(self.run).adapter
-        return folder / self.task if self.result.task == "mixture" else folder
+        return RunDirectory(self.run).adapter / self._prefix
 
     @property
     def split(self) -> str:
         """The name of its dev rows among the run's predictions."""
-        return self._key("dev")
+        return f"{self._prefix}dev"
 
-    def _key(self, name: str) -> str:
-        return f"{self.task}/{name}" if self.result.task == "mixture" else name
+    @property
+    def _prefix(self) -> str:
+        """What is before the names of all that a run on several tasks has for this one."""
+        return f"{self.task}/" if self.result.task == "mixture" else ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ section 2.2). Differences of dev scores between two arms are tested in pairs, by
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autolora.multitask.arms import Bench, Outcome, rows_of
+from autolora.reporting.runs import read_split
 from autolora.reporting.statistics import Difference, Scored, paired_test
 from autolora.results import RunDirectory
 
@@ -67,16 +67,12 @@ def difference(arm: Sequence[Outcome], other: Sequence[Outcome]) -> Difference |
         other: the same of the arm to compare with.
 
     Returns:
-        ``None`` where a score is undefined.
+        ``None`` where a score is undefined, or predictions are missing.
     """
     if any(outcome.value is None for outcome in (*arm, *other)):
         return None
-    return paired_test(*(np.stack([_scored(outcome).pseudovalues() for outcome in side]) for side in (arm, other)))
-
-
-def _scored(outcome: Outcome) -> Scored:
-    """The score as a function of the predictions on dev."""
-    with RunDirectory(outcome.run).predictions.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == outcome.split]
-    columns = (np.array([float(row[name]) for row in rows]) for name in ("prediction", "label"))
-    return Scored.of(outcome.metric, *columns)
+    sides = []
+    for side in (arm, other):
+        columns = [read_split(RunDirectory(outcome.run).predictions, outcome.split) for outcome in side]
+        sides.append([Scored.of(side[0].metric, *found).pseudovalues() for found in columns if found is not None])
+    return paired_test(*map(np.stack, sides)) if len(sides[0]) == len(sides[1]) == len(arm) else None

@@ -68,7 +68,7 @@ class Run:
         metric, value = self.result.metrics.primary, self.result.metrics.value
         if metric not in METRICS or value is None:
             return None
-        columns = _read_dev(RunDirectory(self.path).predictions)
+        columns = read_split(RunDirectory(self.path).predictions, "dev")
         if columns is None:
             return None
         scored = Scored.of(metric, *columns)
@@ -247,17 +247,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_dev(path: Path) -> tuple[Array, Array] | None:
-    """Predictions and labels of the split "dev", in the order of their ids."""
+def read_split(path: Path, split: str) -> tuple[Array, Array] | None:
+    """Predictions and labels of a split, in the order of their ids; ``None`` where they are missing or not finite."""
     import pandas as pd
 
     try:
         table = pd.read_csv(path, usecols=["split", "id", "label", "prediction"], dtype={"split": "category"})
     except (OSError, ValueError):
         return None
-    dev = table[table["split"] == "dev"].sort_values("id", kind="stable")
-    columns = dev["prediction"].to_numpy(np.float64), dev["label"].to_numpy(np.float64)
-    return columns if len(dev) and all(np.isfinite(column).all() for column in columns) else None
+    rows = table[table["split"] == split].sort_values("id", kind="stable")
+    columns = rows["prediction"].to_numpy(np.float64), rows["label"].to_numpy(np.float64)
+    return columns if len(rows) and all(np.isfinite(column).all() for column in columns) else None
 
 
 # Variants ------------------------------------------------------------------------------------------------------------
