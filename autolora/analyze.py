@@ -1,4 +1,4 @@
-"""What theory says of a model before training: ``python -m autolora.analyze backbone=NAME out=DIR``; see ``--help``."""
+"""What theory says of a model before training: ``python -m autolora.analyze backbone=NAME``; see ``--help``."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from autolora.training.problem import Problem
 
 _HELP = """\
-usage: python -m autolora.analyze out=DIR [backbone=NAME] [task=NAME] [run=DIR] [group=choice ...] [key=value ...]
+usage: python -m autolora.analyze [backbone=NAME] [task=NAME] [run=DIR] [out=DIR] [group=choice ...] [key=value ...]
 
 Say what theory says of a model's Linears, and which ranks it recommends within a budget; nothing is trained.
 
-  out=DIR         a folder that is not there yet, or empty
   backbone=NAME   whose weights are looked at (default: minilm); backbone.path=DIR, backbone.id=ORG/NAME
   task=NAME       look at training rows too, for the information bottleneck
   run=DIR         a complete run with LoRA adapters: look at its updates too. Backbone, adapter settings, budget and
                   max_rank are the run's, unless they are given
   budget.rank=4   of the recommended ranks; budget.params=N, budget.fraction=F, budget=none. max_rank=16
   strategy=NAME strategy.KEY=VALUE   options of one of the theories: spectral, marchenko_pastur, information
+  out=DIR         a folder that is not there yet, or empty (default: analysis/BACKBONE-TASK, or analysis/RUN)
 
 All other keys are those of autolora.train: data.source, data.dir, data.max_train, adapter.targets, seed, ...
 
@@ -70,7 +70,7 @@ class Request:
 class Places(Section):
     """What of the command line is not a run's configuration."""
 
-    out: PathLike
+    out: PathLike | None = None
     run: PathLike | None = None
 
 
@@ -126,7 +126,13 @@ def read_command_line(arguments: Sequence[str]) -> Request:
         )
     if faults:
         raise ConfigError("\n".join(faults))
-    return Request(found[0].out, found[0].run, found[1], typed)
+    places, cfg = found
+    return Request(places.out or _usual_place(places.run, cfg, typed), places.run, cfg, typed)
+
+
+def _usual_place(run: Path | None, cfg: RunConfig, typed: frozenset[str]) -> Path:
+    parts = [run.name] if run is not None else [cfg.backbone.label.replace("/", "_")]
+    return Path("analysis", "-".join([*parts, *([cfg.task.name] if "task" in typed else [])]))
 
 
 def analyze(request: Request) -> Analysis:

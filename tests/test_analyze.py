@@ -93,6 +93,20 @@ def test_plans_are_those_of_the_strategies_and_can_be_trained(
         assert manual.attach(problem.model, AdapterSettings()).attached_plan() == data["plans"][name]["ranks"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "place"),
+    [
+        ((), "analysis/minilm"),
+        (("backbone.id=org/name", "task=rte"), "analysis/org_name-rte"),
+        (("run=runs/one",), "analysis/one"),
+        (("run=runs/one", "task=rte"), "analysis/one-rte"),
+        (("task=rte", "out=here"), "here"),
+    ],
+)
+def test_an_analysis_has_a_place_of_its_own(typed: tuple[str, ...], place: str) -> None:
+    assert read_command_line(list(typed)).out == Path(place)
+
+
 def test_without_a_task_only_weights_are_looked_at(
     tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
