@@ -157,6 +157,33 @@ def test_a_mark_says_what_it_is(page: Any) -> None:
     assert tip.text == "autolora (rank 1), rte: score 85"
 
 
+def test_a_pointer_on_the_middle_of_a_mark_reaches_it(page: Any) -> None:
+    """Of every figure: the number that is written on a cell of a heatmap is not in the way."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    script = """
+        const mark = document.querySelector(`figure[id=${arguments[0]}] .mark`);
+        mark.scrollIntoView({block: 'center'});
+        const box = mark.getBoundingClientRect();
+        if (arguments[0] !== 'over_training')
+            return [mark.getAttribute('aria-label'), box.x + box.width / 2, box.y + box.height / 2];
+        const line = mark.querySelector('path');  // the middle of its box is beside it
+        const on = line.getPointAtLength(0.9 * line.getTotalLength()).matrixTransform(line.getScreenCTM());
+        return [mark.getAttribute('aria-label'), on.x, on.y];
+    """
+    figures = [figure.get_attribute("id") for figure in page.find_elements(By.TAG_NAME, "figure")]
+    assert {"ranks", "panel", "over_training", "budget_curves", "score_against_parameters"} <= set(figures)
+    for figure in figures:
+        says, x, y = page.execute_script(script, figure)
+        pointer = ActionChains(page)
+        pointer.w3c_actions.pointer_action.move_to_location(round(x), round(y))
+        pointer.perform()
+        tip = page.find_element(By.ID, "tip")
+        assert tip.is_displayed(), figure
+        assert tip.text == says
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
