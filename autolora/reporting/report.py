@@ -281,7 +281,7 @@ def draw(arena: Arena) -> Iterator[Figure]:
         "seconds",
         lambda run: run.result.seconds.total,
     )
-    yield figures.panel(those)
+    yield from figures.panels(those)
     for figure in (
         figures.rank_heatmaps(those),
         figures.over_training(those),

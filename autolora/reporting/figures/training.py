@@ -70,7 +70,8 @@ def _draw_gates(figure: Figure, ax: Axes, label: str, table: DataFrame) -> bool:
     gates = table[["step", "mean_gate"]].dropna()
     right = ax.twinx()
     (line,) = right.plot(gates["step"], gates["mean_gate"], linewidth=1, **_GATE_LINE)
-    figure.tip(line, f"{label}: {_GATE} {gates['mean_gate'].iloc[0]:.3g} at first, {gates['mean_gate'].iloc[-1]:.3g}")
+    first, last = gates["mean_gate"].iloc[0], gates["mean_gate"].iloc[-1]
+    figure.tip(line, f"{label}: {_GATE} {first:.3g} at first, {last:.3g} at last")
     right.set_ylim(bottom=0)
     right.set_ylabel(_GATE)
     right.spines["right"].set_visible(True)
