@@ -15,6 +15,7 @@ import pytest
 from matplotlib.image import imread
 from reporting.fake_runs import write_run
 
+from autolora.report import main
 from autolora.reporting.page import configurations
 from autolora.reporting.report import write_report
 from autolora.reporting.runs import load_runs
@@ -313,6 +314,19 @@ def runs_table(report: Path) -> list[list[str]]:
         [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)]
         for row in re.findall("<tr.*?</tr>", table, re.DOTALL)
     ]
+
+
+def test_what_was_not_used_is_counted(tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "27 runs; 1 was not used" in (report / "index.html").read_text()
+    write_run(tmp_path, status="failed")
+    write_run(tmp_path, seed=1)
+    main([f"runs={tmp_path}", f"out={tmp_path / 'report'}"])
+    assert "\n1 directory was not used:" in capsys.readouterr().out
+    assert "1 run; 1 was not used" in (tmp_path / "report" / "index.html").read_text()
+    write_run(tmp_path, seed=2, status="failed")
+    main([f"runs={tmp_path}", f"out={tmp_path / 'report'}"])
+    assert "\n2 directories were not used:" in capsys.readouterr().out
+    assert "1 run; 2 were not used" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_everything_is_written(report: Path) -> None:

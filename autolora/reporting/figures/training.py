@@ -43,7 +43,11 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
         "over_training",
         "Active components (open gates) of a module over training, mean by role, and the mean of all gates while they "
         "learn: probabilities of selectors, sizes of others. One run for each strategy."
-        + (f" {left_out} more strategies are not shown." if left_out > 0 else ""),
+        + (
+            f" {left_out} more {'strategy is' if left_out == 1 else 'strategies are'} not shown."
+            if left_out > 0
+            else ""
+        ),
         drawn,
     )
     roles = sorted({role for _, table in histories.values() for role in _by_role(table)})
