@@ -74,7 +74,7 @@ def report(settings: Settings) -> None:
     for line in found.flagged:
         print(f"warning: {line}")
     if found.skipped:
-        print(f"{len(found.skipped)} directories were not used:")
+        print(f"{len(found.skipped)} {'directory was' if len(found.skipped) == 1 else 'directories were'} not used:")
         print(*(f"  {path}: {reason.splitlines()[0]}" for path, reason in found.skipped), sep="\n")
     print(f"written to {settings.out / 'index.html'}", flush=True)
     if settings.wandb:

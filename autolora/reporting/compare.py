@@ -368,9 +368,10 @@ def _unit(comparison: Comparison) -> float:
 
 
 def _number(value: float, unit: float) -> str:
+    """In points where the unit is 100; what is rounded to 0 has no sign."""
     if math.isinf(value):
         return "unbounded"
-    return f"{unit * value:.1f}" if unit != 1.0 else f"{value:.3g}"
+    return f"{unit * value:z.1f}" if unit != 1.0 else f"{value:z.3g}"
 
 
 def _p(value: float) -> str:

@@ -37,6 +37,13 @@ for (const block of document.querySelectorAll(".table")) {
     count();
   });
   count();
+  // A shade where columns are out of sight on the right: some browsers hide scrollbars until one scrolls.
+  const box = block.querySelector(".scroll");
+  const shade = () => box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  box.addEventListener("scroll", shade);
+  const resized = new ResizeObserver(shade);
+  resized.observe(box);
+  resized.observe(body.parentElement);
 }
 
 // Configurations: what all runs share is stored once.

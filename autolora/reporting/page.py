@@ -9,9 +9,20 @@ from typing import Any
 
 from autolora.reporting.runs import Run
 
-_SHOWN = (
-    "run", "task", "variant", "seed", "value", "adapter_params", "head_params", "budget", "total_seconds", "passes",
-)  # fmt: skip
+_SHOWN = {
+    "run": "run",
+    "arena": "data, backbone",
+    "task": "task",
+    "variant": "variant",
+    "seed": "seed",
+    "value": "value",
+    "adapter_params": "adapter parameters",
+    "head_params": "head parameters",
+    "budget": "budget",
+    "total_seconds": "seconds",
+    "passes": "passes",
+}
+"""Columns of the table of runs, by their names in results.csv; where there is but one arena, it has none."""
 
 
 def render(
@@ -27,13 +38,15 @@ def render(
     """The page; everything that comes from runs is escaped."""
     from jinja2 import Environment, StrictUndefined
 
+    several = len({row["arena"] for row in rows}) > 1
+    shown = {key: name for key, name in _SHOWN.items() if key != "arena" or several}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_file("page.html.j2"))
     return template.render(
         title=title,
         about=about,
         arenas=arenas,
-        runs=[list(_SHOWN), *([_cell(row[key]) for key in _SHOWN] for row in rows)],
+        runs=[list(shown.values()), *([_cell(row[key]) for key in shown] for row in rows)],
         skipped=skipped,
         flagged=flagged,
         configurations=_json(configurations(runs)),
@@ -58,7 +71,7 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:z.6g}"
     return (
         f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000 else str(value)
     )

@@ -254,7 +254,7 @@ def _differences(arena: Arena) -> list[list[str]]:
         for one in comparison.tasks:
             unit = abs(arena.table.units[one.task])
             test = one.difference
-            numbers = [f"{unit * value:.3g}" for value in (test.mean, test.low, test.high)]
+            numbers = [f"{unit * value:z.3g}" for value in (test.mean, test.low, test.high)]
             p = [f"{value:.2g}" for value in (test.p, one.adjusted)]
             visible = "none" if beyond_scores(one.detectable, unit) else f"{unit * one.detectable:.3g}"
             names = [comparison.variant.label, comparison.reference.label, one.task]
@@ -281,7 +281,7 @@ def draw(arena: Arena) -> Iterator[Figure]:
         "seconds",
         lambda run: run.result.seconds.total,
     )
-    yield figures.panel(those)
+    yield from figures.panels(those)
     for figure in (
         figures.rank_heatmaps(those),
         figures.over_training(those),
@@ -294,9 +294,10 @@ def draw(arena: Arena) -> Iterator[Figure]:
 
 def _about(found: Found, arenas: Sequence[Arena]) -> str:
     count = sum(len(variant.all_runs()) for arena in arenas for variant in arena.variants)
-    text = f"{count} runs"
+    text = f"{count} run{'s' * (count != 1)}"
     if found.skipped:
-        text += f"; {len(found.skipped)} were not used: failed, unfinished or unreadable (listed at the end)"
+        were = "was" if len(found.skipped) == 1 else "were"
+        text += f"; {len(found.skipped)} {were} not used: failed, unfinished or unreadable (listed at the end)"
     mini = any(run.result.data_source == "mini" for run in found.runs)
     return text + (
         ". Embedded data are generated sentences, not GLUE: for trying things out, not for claims." if mini else "."

@@ -99,8 +99,8 @@ class Score:
     of_one: bool = False
 
     def text(self, unit: float) -> str:
-        """As in a table: in points where the unit is 100, else in scientific notation."""
-        digits: Callable[[float], str] = (lambda x: f"{x:.1f}") if unit == 100 else (lambda x: f"{x:.2e}")
+        """As in a table: in points where the unit is 100, else in scientific notation; a 0 has no sign."""
+        digits: Callable[[float], str] = (lambda x: f"{x:z.1f}") if unit == 100 else (lambda x: f"{x:z.2e}")
         spread = f" ± {digits(abs(unit) * self.sd)}" if self.sd is not None else ""
         return digits(unit * self.mean) + spread + (_OF_ONE if self.better and self.of_one else "")
 

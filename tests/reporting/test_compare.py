@@ -159,6 +159,19 @@ def test_errors_of_planted_tasks_are_compared_with_their_sign_turned(tmp_path: P
     assert "beats uniform by 0.18 [" in sentence(one)
 
 
+def test_what_is_rounded_to_zero_has_no_sign(tmp_path: Path) -> None:
+    """Of five seeds differences are 0.0004 of a point below and above 0 by turns."""
+    for seed in range(5):
+        for strategy, value in (("uniform", 0.5), ("autolora", 0.5 - 4e-6 * (-1) ** seed)):
+            metrics = {"primary": "accuracy", "value": value, "all": {"accuracy": value}}
+            write_run(tmp_path, strategy=strategy, seed=seed, metrics=metrics)
+    one = comparisons(tmp_path)["autolora"]
+    assert one.mean < 0
+    assert "(0.0 [0.0, 0.0], p = " in sentence(one)
+    (arena,) = make_arenas(load_runs([tmp_path]))
+    assert "-0.0 " not in f"{arena.markdown()} {sentence(one)}"
+
+
 def test_the_reference_is_uniform_at_the_budget_of_most(tmp_path: Path) -> None:
     write_run(tmp_path, "budget.rank=1", budget=100)
     write_run(tmp_path, "budget.rank=4", budget=400)

@@ -74,5 +74,67 @@ def test_gates_are_drawn_where_they_were_written_down(tmp_path: Path) -> None:
     *panels, right = figure.drawn.axes
     assert len(panels) == 2
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.9, 0.4]]
-    assert any("autolora: mean gate 0.9 at first, 0.4" in tip for tip in figure.tips.values())
+    assert any("autolora: mean gate 0.9 at first, 0.4 at last" in tip for tip in figure.tips.values())
+    figure.close()
+
+
+def test_tips_of_the_panel_write_parameters_out(tmp_path: Path) -> None:
+    write_run(tmp_path, params=331_776)
+    (figure,) = figures.panels(those(tmp_path))
+    tips = list(figure.tips.values())
+    assert "uniform, sst2: adapter parameters 331,776" in tips
+    assert not [tip for tip in tips if "e+" in tip]
+    figure.close()
+
+
+def test_the_panel_does_not_praise_errors(tmp_path: Path) -> None:
+    """Points and errors have a figure each; the least error is seen, and no efficiency is best for a large one."""
+    for strategy, accuracy, error, params in (
+        ("head", 0.6, 0.9, 0),
+        ("autolora", 0.85, 2e-10, 2000),
+        ("uniform", 0.7, 0.3, 4000),
+    ):
+        metrics = {"primary": "excess_error", "value": error, "all": {"excess_error": error}}
+        write_run(tmp_path, strategy=strategy, accuracy=accuracy, params=params)
+        write_run(tmp_path, task="rte", strategy=strategy, metrics=metrics, params=params)
+    write_run(tmp_path, task="mnli", strategy="sora")
+    points, errors = figures.panels(those(tmp_path))
+    assert (points.name, errors.name) == ("panel", "panel_errors")
+    assert {tip.split(": ")[0] for tip in points.tips.values()} == {
+        "autolora, sst2", "head, sst2", "uniform, sst2", "sora, mnli",
+    }  # fmt: skip
+    assert {tip.split(": ")[0] for tip in errors.tips.values()} == {"autolora, rte", "head, rte", "uniform, rte"}
+    score, efficiency, parameters, trade = errors.drawn.axes
+    assert [ax.get_xscale() for ax in (score, efficiency, parameters)] == ["log", "log", "linear"]
+    assert trade.get_yscale() == "log"
+    assert score.get_title() == trade.get_ylabel() == "excess error (less is better)"
+    assert efficiency.get_title() == "excess error × adapter parameters (less is better)"
+    errors.drawn.draw_without_rendering()
+    for ax, least, rest in ((score, 2e-10, [0.9, 0.3]), (efficiency, 4e-7, [1200])):
+        shown = [float(line.get_xdata()[0]) for line in ax.get_lines()]
+        assert shown == pytest.approx([least, *rest])
+        assert ax.get_xlim()[0] < least
+        assert not ax.patches
+    assert [ax.get_xscale() for ax in points.drawn.axes[:3]] == ["linear"] * 3
+    assert points.drawn.axes[1].get_title() == "score / 1,000 parameters"
+    for figure in (points, errors):
+        figure.close()
+
+
+def test_errors_alone_are_the_panel(tmp_path: Path) -> None:
+    """An error of 0 would not be seen on a logarithmic axis."""
+    for strategy, error in (("autolora", 0.0), ("uniform", 0.3), ("sora", 0.001)):
+        metrics = {"primary": "mse", "value": error, "all": {"mse": error}}
+        write_run(tmp_path, strategy=strategy, metrics=metrics)
+    (figure,) = figures.panels(those(tmp_path))
+    assert figure.name == "panel"
+    assert figure.drawn.axes[0].get_xscale() == "linear"
+    figure.close()
+
+
+def test_what_is_drawn_against_errors_says_that_less_is_better(tmp_path: Path) -> None:
+    write_run(tmp_path, task="rte", metrics={"primary": "mse", "value": 0.3, "all": {"mse": 0.3}})
+    write_run(tmp_path)
+    figure = figures.score_against(those(tmp_path), "score", "", "parameters", adapter_parameters)
+    assert [ax.get_ylabel() for ax in figure.drawn.axes] == ["mse (less is better)", "accuracy"]
     figure.close()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 from reporting.fake_runs import write_run
 
+from autolora.report import main
 from autolora.reporting.page import configurations
 from autolora.reporting.report import write_report
 from autolora.reporting.runs import load_runs
@@ -157,19 +162,40 @@ def test_a_mark_says_what_it_is(page: Any) -> None:
     assert tip.text == "autolora (rank 1), rte: score 85"
 
 
+def test_a_pointer_on_the_middle_of_a_mark_reaches_it(page: Any) -> None:
+    """Of every figure: the number that is written on a cell of a heatmap is not in the way."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    script = """
+        const mark = document.querySelector(`figure[id=${arguments[0]}] .mark`);
+        mark.scrollIntoView({block: 'center'});
+        const box = mark.getBoundingClientRect();
+        if (arguments[0] !== 'over_training')
+            return [mark.getAttribute('aria-label'), box.x + box.width / 2, box.y + box.height / 2];
+        const line = mark.querySelector('path');  // the middle of its box is beside it
+        const on = line.getPointAtLength(0.9 * line.getTotalLength()).matrixTransform(line.getScreenCTM());
+        return [mark.getAttribute('aria-label'), on.x, on.y];
+    """
+    figures = [figure.get_attribute("id") for figure in page.find_elements(By.TAG_NAME, "figure")]
+    assert {"ranks", "panel", "over_training", "budget_curves", "score_against_parameters"} <= set(figures)
+    for figure in figures:
+        says, x, y = page.execute_script(script, figure)
+        pointer = ActionChains(page)
+        pointer.w3c_actions.pointer_action.move_to_location(round(x), round(y))
+        pointer.perform()
+        tip = page.find_element(By.ID, "tip")
+        assert tip.is_displayed(), figure
+        assert tip.text == says
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
     """Nothing is wider than the window but what scrolls by itself, text stands out from what is behind it, and figures
     are not shrunk until nobody can read them.
     """
-    page.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    )
-    try:
+    with seen(page, width, scheme):
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         script = """
             const rgb = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number);
@@ -187,8 +213,57 @@ def test_it_is_legible(page: Any, width: int, scheme: str) -> None:
         for colour in (ink, *labels):
             assert contrast(paper, colour) >= 4.5
         assert (luminance(paper) > 0.5) == (scheme == "light")
+
+
+def test_a_wide_window_shows_whole_tables(page: Any) -> None:
+    widths = page.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])"
+    )
+    assert len(widths) == 3
+    assert all(table <= box for table, box in widths)
+    assert page.execute_script("return document.querySelectorAll('.scroll.more').length") == 0
+
+
+@pytest.mark.parametrize("kind", ["strategies", "comparisons", "runs"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_window_shows_whose_row_it_is_and_that_there_is_more(page: Any, scheme: str, kind: str) -> None:
+    """The first column stays where it is and leaves room for others; a shade is on the right until all was seen."""
+    with seen(page, 400, scheme):
+        script = """
+            const table = document.querySelector(`table[data-kind=${arguments[0]}]`), box = table.parentElement;
+            box.scrollIntoView({block: 'center'});
+            box.scrollLeft = arguments[1];
+            const {x, y, width, height} = table.rows[1].cells[0].getBoundingClientRect();
+            const reached = document.elementFromPoint(x + 5, y + height / 2) === table.rows[1].cells[0];
+            const left = box.getBoundingClientRect().x + box.clientLeft;
+            const end = [left + box.clientWidth, y + height / 2];
+            return [x - left, reached, width / box.clientWidth, getComputedStyle(document.body).backgroundColor, end];
+        """
+        for place, more in ((0, True), (60, True), (10_000, False)):
+            offset, reached, share, paper, end = page.execute_script(script, kind, place)
+            assert (round(offset), reached) == (0, True)
+            assert share < 0.6
+            page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+            shot = imread(BytesIO(page.get_screenshot_as_png()))
+            edge = [255 * float(part) for part in shot[round(end[1]), round(end[0]) - 2, :3]]
+            behind = [float(part) for part in re.findall(r"[0-9.]+", paper)[:3]]
+            assert (contrast(edge, behind) > 1.5) == more
+
+
+@contextmanager
+def seen(page: Any, width: int, scheme: str) -> Iterator[None]:
+    """In a window of that width, by a reader who prefers light or dark."""
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        yield
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def luminance(colour: list[float]) -> float:
@@ -220,6 +295,38 @@ def test_shared_settings_are_kept_once(report: Path) -> None:
         assert data["common"] | own == run.config
     assert "data.batch_size" in data["common"]
     assert not any("data.batch_size" in own for own in data["own"])
+
+
+def test_runs_of_several_backbones_and_data_are_told_apart(tmp_path: Path, report: Path) -> None:
+    for source in ("local", "mini"):
+        write_run(tmp_path, source=source)
+    write_report(load_runs([tmp_path]), out := tmp_path / "report")
+    head, *lines = runs_table(out)
+    where = head.index("data, backbone")
+    assert sorted(line[where] for line in lines) == ["local data, minilm", "mini data, minilm"]
+    assert "data, backbone" not in runs_table(report)[0]
+
+
+def runs_table(report: Path) -> list[list[str]]:
+    """The texts of the table of runs."""
+    (table,) = re.findall('<table data-kind="runs">(.*?)</table>', (report / "index.html").read_text(), re.DOTALL)
+    return [
+        [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)]
+        for row in re.findall("<tr.*?</tr>", table, re.DOTALL)
+    ]
+
+
+def test_what_was_not_used_is_counted(tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "27 runs; 1 was not used" in (report / "index.html").read_text()
+    write_run(tmp_path, status="failed")
+    write_run(tmp_path, seed=1)
+    main([f"runs={tmp_path}", f"out={tmp_path / 'report'}"])
+    assert "\n1 directory was not used:" in capsys.readouterr().out
+    assert "1 run; 1 was not used" in (tmp_path / "report" / "index.html").read_text()
+    write_run(tmp_path, seed=2, status="failed")
+    main([f"runs={tmp_path}", f"out={tmp_path / 'report'}"])
+    assert "\n2 directories were not used:" in capsys.readouterr().out
+    assert "1 run; 2 were not used" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_everything_is_written(report: Path) -> None:

@@ -51,6 +51,12 @@ def test_errors_are_shown_as_they_are(tmp_path: Path) -> None:
     assert "| uniform | 1.23e-02 |" in line
 
 
+def test_what_is_rounded_to_zero_has_no_sign(tmp_path: Path) -> None:
+    write_run(tmp_path, metrics={"primary": "matthews", "value": -0.0004, "all": {"matthews": -0.0004}})
+    write_run(tmp_path, task="rte", metrics={"primary": "mse", "value": 0.0, "all": {"mse": 0.0}})
+    assert "| uniform | 0.00e+00 | 0.0 |" in markdown(table_of(tmp_path))
+
+
 def test_runs_without_a_score_are_in_no_mean(tmp_path: Path) -> None:
     write_run(tmp_path, params=1000)
     write_run(tmp_path, params=5000, seed=1, metrics={"primary": "accuracy", "value": None, "all": {}})

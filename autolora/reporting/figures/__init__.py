@@ -2,7 +2,7 @@
 
 from autolora.reporting.figures.canvas import Figure
 from autolora.reporting.figures.ranks import found_against_true, rank_heatmaps
-from autolora.reporting.figures.scores import budget_curves, panel, score_against
+from autolora.reporting.figures.scores import budget_curves, panels, score_against
 from autolora.reporting.figures.training import over_training
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "budget_curves",
     "found_against_true",
     "over_training",
-    "panel",
+    "panels",
     "rank_heatmaps",
     "score_against",
 ]

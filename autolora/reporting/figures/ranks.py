@@ -24,7 +24,7 @@ def rank_heatmaps(variants: Sequence[Variant]) -> Figure | None:
     if not shown:
         return None
     left_out = sum(1 for cells in grids.values() if cells and max(cells.values()) > 0) - len(shown)
-    more = f" {left_out} more strategies are not shown." if left_out else ""
+    more = f" {left_out} more {'strategy is' if left_out == 1 else 'strategies are'} not shown." if left_out else ""
     drawn, axes = grid(len(shown), width=3.0, height=2.1)
     caption = f"Ranks by role and layer, averaged over modules of a cell, tasks and seeds.{more}"
     figure = Figure("ranks", caption, drawn)

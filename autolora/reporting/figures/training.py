@@ -43,7 +43,11 @@ def over_training(variants: Sequence[Variant]) -> Figure | None:
         "over_training",
         "Active components (open gates) of a module over training, mean by role, and the mean of all gates while they "
         "learn: probabilities of selectors, sizes of others. One run for each strategy."
-        + (f" {left_out} more strategies are not shown." if left_out > 0 else ""),
+        + (
+            f" {left_out} more {'strategy is' if left_out == 1 else 'strategies are'} not shown."
+            if left_out > 0
+            else ""
+        ),
         drawn,
     )
     roles = sorted({role for _, table in histories.values() for role in _by_role(table)})
@@ -70,7 +74,8 @@ def _draw_gates(figure: Figure, ax: Axes, label: str, table: DataFrame) -> bool:
     gates = table[["step", "mean_gate"]].dropna()
     right = ax.twinx()
     (line,) = right.plot(gates["step"], gates["mean_gate"], linewidth=1, **_GATE_LINE)
-    figure.tip(line, f"{label}: {_GATE} {gates['mean_gate'].iloc[0]:.3g} at first, {gates['mean_gate'].iloc[-1]:.3g}")
+    first, last = gates["mean_gate"].iloc[0], gates["mean_gate"].iloc[-1]
+    figure.tip(line, f"{label}: {_GATE} {first:.3g} at first, {last:.3g} at last")
     right.set_ylim(bottom=0)
     right.set_ylabel(_GATE)
     right.spines["right"].set_visible(True)
