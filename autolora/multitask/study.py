@@ -142,7 +142,7 @@ def print_study(summary: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
-    value = "undefined" if entry["mean"] is None else f"{100 * entry['mean']:.1f}"
+    value = "undefined" if entry["mean"] is None else f"{100 * entry['mean']:z.1f}"
     if (apart := entry.get("difference")) is None:
         return value
-    return f"{value} \\[{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
+    return f"{value} \\[{100 * apart['low']:+z.1f}, {100 * apart['high']:+z.1f}]"

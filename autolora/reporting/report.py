@@ -203,7 +203,7 @@ def write_report(
             folder = out / "figures" if len(arenas) == 1 else out / "figures" / arena.slug
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            shown.append(_for_page(arena, folder))
+            shown.append(_for_page(arena, out, folder))
     page = render(
         title=title,
         about=_about(found, arenas),
@@ -217,12 +217,13 @@ def write_report(
     return arenas
 
 
-def _for_page(arena: Arena, folder: Path) -> dict[str, Any]:
-    """What the page shows of an arena; its figures are written on the way."""
+def _for_page(arena: Arena, out: Path, folder: Path) -> dict[str, Any]:
+    """What the page shows of an arena; its figures are written to the folder on the way."""
     drawings = []
     for figure in draw(arena):
         figure.write(folder)
-        drawings.append({"name": figure.name, "caption": figure.caption, "svg": figure.inline()})
+        file = (folder / figure.name).relative_to(out).as_posix()
+        drawings.append({"name": figure.name, "file": file, "caption": figure.caption, "svg": figure.inline()})
         figure.close()
     return {
         "name": arena.name,

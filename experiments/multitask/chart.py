@@ -37,7 +37,7 @@ def cell(entry: dict[str, Any]) -> str:
     if "difference" not in entry:
         return score
     apart = entry["difference"]
-    return f"{score}; {100 * apart['mean']:+.1f} [{100 * apart['low']:+.1f}, {100 * apart['high']:+.1f}]"
+    return f"{score}; {100 * apart['mean']:+z.1f} [{100 * apart['low']:+z.1f}, {100 * apart['high']:+z.1f}]"
 
 
 def allocation(record: dict[str, Any], tasks: list[str]) -> list[str]:

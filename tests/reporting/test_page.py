@@ -329,6 +329,18 @@ def test_what_was_not_used_is_counted(tmp_path: Path, report: Path, capsys: pyte
     assert "1 run; 2 were not used" in (tmp_path / "report" / "index.html").read_text()
 
 
+def test_an_earlier_report_is_replaced_with_its_figures(tmp_path: Path) -> None:
+    """Or they would be published with the new one."""
+    out = tmp_path / "report"
+    for rank in (1, 2):
+        write_run(tmp_path / "curve", f"budget.rank={rank}", params=1000 * rank, budget=1000 * rank)
+    main([f"runs={tmp_path / 'curve'}", f"out={out}"])
+    assert (out / "figures" / "budget_curves.svg").exists()
+    main([f"runs={write_run(tmp_path)}", f"out={out}"])
+    assert not (out / "figures" / "budget_curves.svg").exists()
+    assert "figures/panel.svg and .png" in (out / "index.html").read_text()
+
+
 def test_everything_is_written(report: Path) -> None:
     files = {str(file.relative_to(report)) for file in report.rglob("*") if file.is_file()}
     figures = ("score_against_parameters", "score_against_compute", "panel", "ranks", "over_training", "budget_curves")
