@@ -42,7 +42,7 @@ NOT_IDENTITY = (
     "trainer.keep_checkpoints",
 )  # fmt: skip
 # Keys that came when there were runs already, and the value that means what those did: they keep their identity.
-_LATER = {
+LATER = {
     "backbone.quantization": "none", "backbone.sparsity": {"method": "none", "amount": 0.5},
     "budget.cost": "parameters", "budget.rows": 32, "rank_multiple": 1,
 }  # fmt: skip
@@ -421,7 +421,7 @@ def config_hash(cfg: RunConfig, data_source: str, data_fingerprint: str, backbon
     tree = cfg.model_dump(mode="json")
     if tree["strategy"].get("fingerprint"):
         del tree["strategy"]["path"]
-    for key in (*NOT_IDENTITY, *(key for key, usual in _LATER.items() if _at(tree, key) == usual)):
+    for key in (*NOT_IDENTITY, *(key for key, usual in LATER.items() if _at(tree, key) == usual)):
         parent, _, last = key.rpartition(".")
         del _at(tree, parent)[last]
     identity = {

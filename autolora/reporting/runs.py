@@ -19,7 +19,7 @@ import yaml
 from autolora.cells import FOLDER, Cell, cells_not_begun, damaged_cells, last_words, read_cells
 from autolora.errors import DataError
 from autolora.reporting.statistics import METRICS, Array, Scored
-from autolora.results import NOT_IDENTITY, RunDirectory, RunResult, read_result
+from autolora.results import LATER, NOT_IDENTITY, RunDirectory, RunResult, read_result
 
 LOWER_IS_BETTER = ("excess_error", "mse")
 _SAME = 1e-6
@@ -149,7 +149,7 @@ def _complete_result(directory: Path) -> RunResult:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """One value for each dotted key."""
+    """One value for each dotted key; what a key that came later means for an older run is filled in."""
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -158,7 +158,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: not a configuration: {' '.join(str(error).split())}") from None
     if not isinstance(tree, Mapping):
         raise DataError(f"{file}: expected keys and values, got {type(tree).__name__}")
-    return _flat(tree)
+    return _flat(LATER) | _flat(tree)
 
 
 def _task(result: RunResult, config: Mapping[str, Any]) -> str:

@@ -190,6 +190,18 @@ def test_predictions_count_if_they_say_what_the_result_says(tmp_path: Path) -> N
     assert [run.scored for run in load_runs([other, missing, broken]).runs] == [None, None, None]
 
 
+def test_a_run_from_before_a_key_is_of_the_variant_that_has_its_default(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    older = write_run(tmp_path, seed=1) / "config.yaml"
+    lines = older.read_text().splitlines()
+    kept = [
+        line for line in lines if line.split(":")[0].strip() not in ("cost", "rows", "quantization", "rank_multiple")
+    ]
+    assert len(kept) == len(lines) - 4
+    older.write_text("\n".join(kept))
+    assert labels(load_runs([tmp_path]).runs) == ["uniform"]
+
+
 def test_seeds_and_tasks_are_one_variant_and_settings_are_several(tmp_path: Path) -> None:
     for task in ("sst2", "rte"):
         for seed in (0, 1):
