@@ -111,7 +111,7 @@ def export(settings: Settings) -> str:
             use = f"load it with peft.PeftModel.from_pretrained{belongs}"
         else:
             if cfg.backbone.quantization != "none":
-                print(f"warning: {how}: merged weights are written in float32, several times as large", file=sys.stderr)
+                print(f"warning: {how}: merged weights are written in float32, larger than the codes", file=sys.stderr)
             with plain(trained, kind) as model:
                 use = _write_model(model, tokenizer, folder, settings.format, cfg)
     return f"written to {out}; {use}"

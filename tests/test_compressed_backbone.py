@@ -214,7 +214,7 @@ def test_a_merged_model_computes_the_run_without_us(
 ) -> None:
     main([f"run={runs[kind][0]}", f"out={tmp_path / 'out'}", "format=merged"])
     said = capsys.readouterr().err
-    warning = f"warning: backbone.quantization={kind}: merged weights are written in float32, several times as large\n"
+    warning = f"warning: backbone.quantization={kind}: merged weights are written in float32, larger than the codes\n"
     assert said == (warning if kind in KINDS else "")
     merged, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +69,14 @@ def compared(
 ) -> Iterator[tuple[str, Interval, dict[str, Interval]]]:
     """Name, measured milliseconds and, by ``predicted``, the prediction over the measurement, of every plan.
 
-    The measured overhead is the median of the differences to the bare model in the same round.
+    The measured overhead is the median of the differences to the bare model in the same round. Where its interval
+    reaches 0 it is lost among what else the machine does, and there is no ratio.
     """
     for name, plan in predicted.items():
         overhead = [1e3 * (time - bare) for time, bare in zip(times[name], times[BARE], strict=True)]
         measured, guess = median_interval(overhead), plan.cost / 1e6
-        interval = Interval(median=guess / median(overhead), low=guess / measured.high, high=guess / measured.low)
+        if measured.low <= 0:
+            yield name, measured, {}
+            continue
+        interval = Interval(median=guess / measured.median, low=guess / measured.high, high=guess / measured.low)
         yield name, measured, {"predicted": interval}

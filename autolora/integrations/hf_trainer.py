@@ -39,19 +39,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from autolora.adapters import Adapters, AdapterSettings, compact
 from autolora.adapters.attach import stream
 from autolora.adapters.whole import WholeModel
 from autolora.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from autolora.integrations.hf_files import load_state, save_adapter, save_state
+from autolora.parts import say
 from autolora.plan import Budget, RankPlan
 from autolora.run import check_budget, check_plan
 from autolora.strategies import make_strategy
 from autolora.strategies.base import Batch, GroupRates, Rates, Strategy
 from autolora.strategies.outside import ByPeft
 from autolora.validate import require_strategy
+
+try:
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("the Trainer of transformers needs accelerate: pip install 'autolora[trainer]'") from error
 
 WRAPPED = ("create_optimizer", "compute_loss", "training_step", "log", "_save", "_load_from_checkpoint")
 
@@ -65,7 +70,7 @@ class AutoLoRACallback(TrainerCallback):
     resumed from. One process and one device; one call of ``train()``.
 
     Args:
-        strategy: name of a strategy (``conf/strategy``), but those that PEFT itself implements.
+        strategy: name of a strategy (``conf/strategy``), but PEFT's own: ``prompt``, ``prefix``, ``ia3``.
         options: the strategy's own, as in its YAML file.
         budget: a number means as many adapter parameters as uniform ranks of that size; ``None`` is no budget. Methods
             outside LoRA have none.
@@ -82,6 +87,7 @@ class AutoLoRACallback(TrainerCallback):
         plan: the ranks, when training has ended; ``None`` before.
 
     Raises:
+        ImportError: where accelerate is missing, which the Trainer needs.
         ConfigError: for a strategy or an option that does not exist; and, when the Trainer is made, for arguments of it
             that do not go together with ranks that change.
     """
@@ -179,6 +185,8 @@ class AutoLoRACallback(TrainerCallback):
         self.strategy.compare(self._score)
         compact(self.adapters)
         self.plan = plan
+        for note in self.strategy.notes:
+            say(f"note: {note}")
 
     # What is wrapped -------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def print_summary(result: RunResult, directory: Path, console: Console | None = 
     value = "undefined" if metrics.value is None else f"{metrics.value:.4f}"
     console.print(f"\n{result.strategy} on {result.task} ({result.data_source}), {result.backbone}, seed {result.seed}")
     console.print(f"  {metrics.primary}: [bold]{value}[/bold]" + _others(metrics.all, metrics.primary), highlight=False)
-    console.print("  " + _parameters(params), highlight=False)
+    console.print("  " + _parameters(params, priced=result.price is not None), highlight=False)
     if (price := result.price) is not None:
         of = "" if price.budget is None else f" of the budget of {price.budget:,}"
         console.print(f"  adapters cost {price.plan:,}{of} {price.unit}", highlight=False)
@@ -84,11 +84,12 @@ def _others(metrics: Mapping[str, float | None], primary: str) -> str:
     return f"  ({', '.join(rest)})" if rest else ""
 
 
-def _parameters(params: Params) -> str:
+def _parameters(params: Params, *, priced: bool) -> str:
+    """What there is, against the budget, unless that counts something else than parameters."""
     adapter, budget = params.adapter, params.budget
     if budget is None:
-        against = "no budget"
+        against = "" if priced else " (no budget)"
     else:
-        against = f"{100 * adapter / budget:.1f} % of the budget of {budget:,}" if budget else "the budget is 0"
+        against = f" ({100 * adapter / budget:.1f} % of the budget of {budget:,})" if budget else " (the budget is 0)"
     besides = f"; besides: {params.extra:,}" if params.extra else ""
-    return f"adapter parameters: {adapter:,} ({against}); head: {params.head:,}{besides}"
+    return f"adapter parameters: {adapter:,}{against}; head: {params.head:,}{besides}"

@@ -47,9 +47,12 @@ def load(folder: Path, words: Sequence[str] | None, seconds: float) -> tuple[Glu
     if missing or len(chosen) < 2:
         got = ", ".join(missing or chosen) or "none"
         raise DataError(
-            f"{folder}: expected a folder of WAV files for each of at least two words; there are "
-            f"{', '.join(known[:40]) or 'none'}, wanted was {got}"
+            f"{folder}: expected a folder of WAV files for each of at least two words; there are folders for "
+            f"{', '.join(known[:40]) or 'none'}" + (f", wanted was {got}" if words else "")
         )
+    silent = [word for word in chosen if not any((folder / word).glob("*.wav"))]
+    if silent:
+        raise DataError(f"{folder}: expected files *.wav for every word, there are none in {', '.join(silent[:40])}")
     test, dev = (_listed(folder / name) for name in (_TEST_LIST, _DEV_LIST))
     files = [path for word in chosen for path in sorted((folder / word).glob("*.wav"))]
     names = [f"{path.parent.name}/{path.name}" for path in files]

@@ -454,6 +454,15 @@ def test_pickled_weights_are_not_read(stock_folder: Path, tmp_path: Path) -> Non
         load_peft(make("bert"), folder)
 
 
+def test_a_folder_that_is_none_and_that_of_a_run_are_told_apart(stock_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: expected the folder of a PEFT adapter, there is none"):
+        load_peft(make("bert"), tmp_path / "nowhere")
+    (tmp_path / "run").mkdir()
+    inside = altered(stock_folder, tmp_path / "run" / "adapter")
+    with pytest.raises(DataError, match=f"got that of a run: its adapter is in {inside}"):
+        load_peft(make("bert"), tmp_path / "run")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", None])
 def test_a_damaged_configuration_is_a_clear_error(text: str | None, stock_folder: Path, tmp_path: Path) -> None:
     folder = altered(stock_folder, tmp_path)

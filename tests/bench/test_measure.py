@@ -7,6 +7,8 @@ from scipy.stats import binom
 
 from autolora.bench.imports import import_seconds
 from autolora.bench.measure import Interval, against, median_interval, ratio, take_turns
+from autolora.bench.overhead import compared, plans
+from autolora.plan import RankPlan, Site
 
 
 def test_the_interval_of_twelve_values_is_from_the_third_to_the_tenth() -> None:
@@ -34,6 +36,26 @@ def test_references_that_were_not_timed_are_left_out() -> None:
     times = {"a": [1.0], "b": [4.0]}
     found = against(times, "a", {"peft": "b", "limit": "c", "adalora": None, "own": "a"})
     assert {what: value.median for what, value in found.items()} == {"peft": 0.25}
+
+
+def test_an_overhead_is_compared_with_what_was_predicted() -> None:
+    """By hand: 10, 12 and 14 ms over the bare model, predicted are 6 ms; what may be nothing has no ratio."""
+    sites = {"a": Site(8, 8, prices=tuple(range(0, 9_000_000, 1_000_000)))}
+    predicted = {"six": RankPlan(sites, {"a": 6}), "lost": RankPlan(sites, {"a": 1})}
+    times = {"bare": [0.1, 0.2, 0.3], "six": [0.11, 0.212, 0.314], "lost": [0.099, 0.201, 0.302]}
+    (name, measured, ratios), (lost, noise, none) = compared(times, predicted)
+    assert (name, lost, none) == ("six", "lost", {})
+    assert (measured.low, measured.median, measured.high) == pytest.approx((10, 12, 14))
+    assert (ratios["predicted"].low, ratios["predicted"].median, ratios["predicted"].high) == pytest.approx(
+        (6 / 14, 6 / 12, 6 / 10)
+    )
+    assert noise.median == pytest.approx(1)
+
+
+def test_plans_whose_time_is_compared_differ_by_three_times_and_more() -> None:
+    sites = {f"m{i}": Site(64, 64) for i in range(12)}
+    costs = [plan.cost for plan in plans(sites).values()]
+    assert max(costs) > 30 * min(costs)
 
 
 def test_contenders_take_turns_in_shuffled_rounds() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -45,6 +47,12 @@ def progressions(rows: int, seed: int) -> list[dict[str, Tensor]]:
 
 
 TRAIN, HELDOUT, DEV = progressions(64, 1), progressions(SIZE, 2), progressions(24, 3)
+
+
+def test_what_the_trainer_needs_is_named() -> None:
+    code = "import sys; sys.modules['accelerate'] = None; import autolora.integrations.hf_trainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("needs accelerate: pip install 'autolora[trainer]'\n")
 
 
 def llama() -> nn.Module:

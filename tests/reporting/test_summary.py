@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from autolora.reporting.summary import heat_table, print_summary
-from autolora.results import Git, Metrics, Params, Planted, RunResult, Seconds
+from autolora.results import Git, Metrics, Params, Planted, Price, RunResult, Seconds
 from autolora.roles import rank_grid
 from autolora.training.loggers import rank_heatmap
 
@@ -68,6 +68,14 @@ def test_no_budget_and_a_budget_of_nothing() -> None:
     for budget, said in ((None, "no budget"), (0, "the budget is 0")):
         params = Params(adapter=0, head=1, peak_trainable=1, budget=budget, backbone=1)
         assert said in shown(result(params=params))
+
+
+def test_a_budget_of_something_else_is_not_called_none() -> None:
+    params = Params(adapter=900, head=1, peak_trainable=1, budget=None, backbone=1)
+    text = shown(result(params=params, price=Price(unit="ns", plan=70, budget=80)))
+    assert "adapter parameters: 900; head: 1" in text
+    assert "adapters cost 70 of the budget of 80 ns" in text
+    assert "no budget" not in text
 
 
 def test_planted_ranks_stand_side_by_side() -> None:

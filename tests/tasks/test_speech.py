@@ -151,12 +151,16 @@ def test_a_whole_run(name: str, folder: Path, encoders: dict[str, Path], tmp_pat
 
 
 def test_what_is_missing_is_said(folder: Path, encoders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are high, low, wanted was middle"):
+    with pytest.raises(DataError, match="there are folders for high, low, wanted was middle"):
         speech.load(folder, ["low", "middle"], 0.2)
     with pytest.raises(DataError, match=r"expected data\.dir=DIR"):
         make_problem(compose(["task=speech_commands"]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="a folder of WAV files for each of at least two words"):
+        speech.load(tmp_path / "empty", None, 1.0)
+    for word in ("yes", "no"):
+        (tmp_path / "empty" / word).mkdir()
+    with pytest.raises(DataError, match=r"expected files \*\.wav for every word, there are none in no, yes"):
         speech.load(tmp_path / "empty", None, 1.0)
     broken = tmp_path / "broken"
     for word in TONES:

@@ -202,7 +202,7 @@ def read_sidecar(directory: Path) -> dict[str, Any] | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    data = read_json(file, f"{file.parent}: there is no {file.name}; expected the folder of a PEFT adapter")
+    data = read_json(file, f"{file.parent}: expected the folder of a PEFT adapter, {_what_instead(file)}")
     if not isinstance(data, dict):
         raise DataError(f"{file}: expected a JSON object, got {type(data).__name__}")
     return data
@@ -216,13 +216,24 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     file = directory / WEIGHTS
     if not file.is_file():
-        binary = "; a .bin file can carry code and is not read" if (directory / "adapter_model.bin").exists() else ""
-        raise DataError(f"{directory}: there is no {WEIGHTS}{binary}: save the adapter as safetensors")
+        raise DataError(f"{directory}: expected the folder of a PEFT adapter, {_what_instead(file)}")
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file}: damaged or cut short ({error}); copy or export the adapter again") from None
     return tensors
+
+
+def _what_instead(missing: Path) -> str:
+    """What a folder is, in which one of an adapter's files is missing."""
+    folder = missing.parent
+    if not folder.is_dir():
+        return "there is none"
+    if (folder / "adapter" / missing.name).is_file():
+        return f"got that of a run: its adapter is in {folder / 'adapter'}"
+    if missing.name == WEIGHTS and missing.with_suffix(".bin").exists():
+        return "a .bin file can carry code and is not read: save the adapter as safetensors"
+    return f"got one without {missing.name}"
 
 
 def tensors_in_full(directory: Path) -> dict[str, Tensor]:
