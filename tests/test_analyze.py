@@ -213,7 +213,6 @@ def test_a_run_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["backbone=minilm"], 2, "out: expected a value, got none"),
         (["out=OUT", "backbone=minilmm"], 2, "unknown backbone 'minilmm'; did you mean 'minilm'?"),
         (["out=OUT", "task=rte", "data.source=local"], 2, "expected the folder too: add data.dir=DIR"),
         (["out=OUT", "strategy=uniform"], 2, "strategy=uniform: expected one of the theories"),
