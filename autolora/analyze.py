@@ -41,6 +41,9 @@ All other keys are those of autolora.train: data.source, data.dir, data.max_trai
 
 DIR then has analysis.json, figures/ (SVG and PNG), and plans/NAME.json, for
   python -m autolora.train strategy=manual strategy.path=DIR/plans/NAME.json
+analysis.json has the singular values of every weight, to six digits (the largest 512 of one with more than 2048 rows
+and columns), and of every update. The optima of the information bottleneck are null where inputs say no more about the
+labels than about permutations of them: the plan is uniform then.
 Exit codes: 0 done, 1 the analysis failed, 2 the command line is wrong.
 """
 _FROM_THE_RUN = ("backbone", "adapter", "max_rank", "seed")
@@ -266,7 +269,8 @@ def _of_model(cfg: RunConfig, problem: Problem | None, model: nn.Module, budget:
         notes = (*analysis.notes, *(f"{name}: {note}" for note in strategy.notes))
         analysis = replace(analysis, plans={**analysis.plans, name: plan}, budget=strategy.allowance, notes=notes)
         if name in _ROWS:
-            analysis = replace(analysis, codes=strategy.codes, beta=strategy.beta, optima=strategy.optima())
+            optima = {} if strategy.beta is None else strategy.optima()
+            analysis = replace(analysis, codes=strategy.codes, beta=strategy.beta, optima=optima)
     if problem is None:
         return analysis
     notes = (*problem.notes, *analysis.notes)

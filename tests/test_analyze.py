@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from autolora.backbones import load_backbone
 from autolora.files import dump_json
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.plan import Budget
+from autolora.reporting.theory import print_analysis
 from autolora.results import RunDirectory
 from autolora.run import run_one
 from autolora.strategies.manual import Manual
@@ -70,6 +72,9 @@ def test_the_files_and_what_is_in_them(analysed: Path, tiny_bert_dir: Path) -> N
     values = torch.linalg.svdvals(weight.weight.detach().double())  # type: ignore[operator, union-attr]
     assert module["weight"]["shape"] == [32, 64]
     assert module["weight"]["stable_rank"] == pytest.approx(float(values.square().sum() / values[0] ** 2))
+    assert module["weight"]["singular_values"] == pytest.approx(values.tolist(), rel=6e-6)
+    assert data["beta"] is not None
+    assert module["information"]["optimum"] >= 0
 
 
 def test_plans_are_those_of_the_strategies_and_can_be_trained(
@@ -120,7 +125,29 @@ def test_without_a_task_only_weights_are_looked_at(
     printed = capsys.readouterr()
     assert "data:" not in printed.out
     assert "strategy=marchenko_pastur" in printed.out
+    assert "hard threshold." in printed.out
+    assert "IB" not in printed.out
     assert printed.err == ""
+
+
+def test_labels_of_which_nothing_is_known_have_no_optimum(
+    tiny_bert_dir: Path, rows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bottleneck has no rank to name then, though the plan is uniform."""
+    folder, rng = write_sst2(tmp_path / "glue"), random.Random(0)
+    file = folder / "SST-2" / "train.tsv"
+    header, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([header, *(line[:-1] + rng.choice("01") for line in lines)]) + "\n")
+    typed = [text for text in rows if not text.startswith("data.dir")] + [f"data.dir={folder}", "budget.rank=2"]
+    found = look(read_command_line([f"backbone.path={tiny_bert_dir}", *typed]))
+    data = found.to_json()
+    assert data["beta"] is None
+    assert {module["information"]["optimum"] for module in data["modules"].values()} == {None}
+    assert set(data["plans"]["information"]["ranks"].values()) == {2}
+    print_analysis(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: information: what modules read says no more about the labels than about permutations" in printed
+    assert "IB" not in printed
 
 
 def test_dev_is_never_looked_at(analysed: Path, tiny_bert_dir: Path, rows: list[str], tmp_path: Path) -> None:
