@@ -32,7 +32,8 @@ Say what theory says of a model's Linears, and which ranks it recommends within 
   backbone=NAME   whose weights are looked at (default: minilm); backbone.path=DIR, backbone.id=ORG/NAME
   task=NAME       look at training rows too, for the information bottleneck
   run=DIR         a complete run with LoRA adapters: look at its updates too. Backbone, adapter settings, budget and
-                  max_rank are the run's, unless they are given
+                  max_rank are the run's, unless they are given; where its budget counts time or operations, the
+                  budget is the parameters of its adapter
   budget.rank=4   of the recommended ranks; budget.params=N, budget.fraction=F, budget=none. max_rank=16
   strategy=NAME strategy.KEY=VALUE   options of one of the theories: spectral, marchenko_pastur, information
   out=DIR         a folder that is not there yet, or empty (default: analysis/BACKBONE-TASK, or analysis/RUN)
@@ -156,8 +157,9 @@ def analyze(request: Request) -> Analysis:
     problem = make_problem(cfg) if "task" in request.typed else None
     if trained is not None:
         _require_same_backbone(trained, cfg, problem)
-    budget = _budget(request, problem, trained)
+    budget, notes = _budget(request, problem, trained)
     analysis = _of_model(cfg, problem, _model(cfg, problem, trained), budget)
+    analysis = replace(analysis, notes=(*notes, *analysis.notes))
     return analysis if trained is None else _with_updates(analysis, trained)
 
 
@@ -194,8 +196,15 @@ def read_trained(run: Path, backbone: Path | None) -> Trained:
 def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | None) -> None:
     """A backbone or a task that was typed beside a run has to be on the run's weights."""
     from autolora.backbones import locate, weights_fingerprint
+    from autolora.parts import compression
 
     result = trained.directory.read_result()
+    theirs, typed = (str(compression(one)) or "neither quantization nor sparsity" for one in (trained.cfg, cfg))
+    if typed != theirs:
+        raise DataError(
+            f"run={trained.directory.path}: it was trained on a backbone with {theirs}, and the one given has {typed}: "
+            "say the same of it, or leave backbone out"
+        )
     if problem is not None:
         here = problem.backbone_fingerprint
     elif cfg.backbone.name == "none":
@@ -211,11 +220,12 @@ def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | 
 
 def _with_updates(analysis: Analysis, trained: Trained) -> Analysis:
     """The analysis with numbers of the run's updates."""
+    from autolora.strategies.spectral import frozen_weight
     from autolora.theory.modules import update_numbers
 
     updates = {}
     for name, layer in trained.adapters.layers.items():
-        weight = layer.unmerged_weight
+        weight = frozen_weight(trained.adapters.model, f"{name}.base_layer")
         updates[name] = update_numbers(layer.delta_weight(), weight.T if layer.transposed else weight, layer.rank)
     result = trained.directory.read_result()
     return replace(analysis, run=f"{result.strategy} on {result.task}", updates=updates, found=result.ranks)
@@ -234,17 +244,26 @@ def _model(cfg: RunConfig, problem: Problem | None, trained: Trained | None) -> 
 
         return build_model(trained.cfg.model_copy(update={"backbone": cfg.backbone}))[0]
     from autolora.backbones import load_backbone
+    from autolora.parts import compression
 
-    return load_backbone(**cfg.backbone.weights, num_labels=2).model
+    return load_backbone(**cfg.backbone.weights, num_labels=2, compression=compression(cfg)).model
 
 
-def _budget(request: Request, problem: Problem | None, trained: Trained | None) -> Budget:
-    """What was typed, or else the run's, the task's own, or that of uniform rank 4."""
+def _budget(request: Request, problem: Problem | None, trained: Trained | None) -> tuple[Budget, tuple[str, ...]]:
+    """What was typed, or else the run's, the task's own, or that of uniform rank 4; and what is to be said of it."""
     if "budget" not in request.typed and trained is not None:
-        return Budget(params=trained.directory.read_result().params.budget)
+        result = trained.directory.read_result()
+        if result.price is None or result.price.budget is None:
+            return Budget(params=result.params.budget), ()
+        spent = result.params.adapter
+        note = (
+            f"the run's budget counts {result.price.unit}, and plans of an analysis parameters: theirs is the "
+            f"{spent:,} of the run's adapter"
+        )
+        return Budget(params=spent), (note,)
     given: dict[str, Any] = request.cfg.budget.given()
     default = Budget(rank=4) if problem is None else problem.default_budget
-    return (Budget(**given) if given else default) if request.cfg.budget.enabled else Budget()
+    return (Budget(**given) if given else default) if request.cfg.budget.enabled else Budget(), ()
 
 
 def _of_model(cfg: RunConfig, problem: Problem | None, model: nn.Module, budget: Budget) -> Analysis:

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import configure, sst2, write_sst2  # noqa: F401  fixtures
+from safetensors.torch import load_file
+from test_priced_runs import clock  # noqa: F401  fixture
+from test_run import configure, directory_of, sst2, write_sst2  # noqa: F401  fixtures
+from torch import Tensor
 
 from autolora.adapters import AdapterSettings
+from autolora.adapters.compress import Compression
 from autolora.analyze import analyze as look
 from autolora.analyze import main, read_command_line
 from autolora.backbones import load_backbone
+from autolora.errors import DataError
 from autolora.files import dump_json
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.plan import Budget
@@ -170,6 +175,15 @@ def test_planted_ranks(tmp_path: Path) -> None:
 # A run ----------------------------------------------------------------------------------------------------------------
 
 
+def update_of(directory: RunDirectory, name: str) -> Tensor:
+    """The update of a module, by hand from the files of the adapter."""
+    tensors = load_file(directory.adapter / "adapter_model.safetensors")
+    config = json.loads((directory.adapter / "adapter_config.json").read_text())
+    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    rank, alpha = config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"])
+    return alpha / rank * b @ a
+
+
 @pytest.fixture
 def trained(configure: Any) -> RunDirectory:  # noqa: F811
     cfg = configure("strategy=uniform", "trainer.max_epochs=1")
@@ -187,13 +201,7 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
     assert {path.stem for path in (out / "figures").iterdir()} >= {"updates", "update_spectra"}
 
     name = "bert.encoder.layer.0.attention.self.value"
-    from safetensors.torch import load_file
-
-    tensors = load_file(trained.adapter / "adapter_model.safetensors")
-    config = json.loads((trained.adapter / "adapter_config.json").read_text())
-    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-    ranks = config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"])
-    update = ranks[1] / ranks[0] * b @ a
+    update = update_of(trained, name)
     weight = load_backbone(path=tiny_bert_dir, num_labels=2).model.get_submodule(name).weight.detach().double()  # type: ignore[operator, union-attr]
     left, values, right = torch.linalg.svd(update)
     own_left, _, own_right = torch.linalg.svd(weight)
@@ -210,6 +218,59 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
     assert {name: one["update"] for name, one in with_rows["modules"].items()} == {
         name: one["update"] for name, one in data["modules"].items()
     }
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_updates_on_a_quantised_backbone_are_held_to_what_its_codes_stand_for(
+    kind: Any,
+    configure: Any,  # noqa: F811
+    tiny_bert_dir: Path,
+) -> None:
+    typed = f"backbone.quantization={kind}"
+    cfg = configure("strategy=uniform", "trainer.max_epochs=1", "trainer.max_steps=6", typed)
+    directory = directory_of(cfg, run_one(cfg))
+    data = found_by(f"run={directory.path}")
+    bare = load_backbone(path=tiny_bert_dir, num_labels=2, compression=Compression(quantization=kind)).model
+    assert len(data["modules"]) == 13
+    for name, module in data["modules"].items():
+        weight, update = bare.get_submodule(name).dequantized().double(), update_of(directory, name)  # type: ignore[operator, union-attr]
+        found = module["update"]
+        assert found["relative_size"] == pytest.approx(float(update.norm() / weight.norm()), rel=1e-4)
+        left, _, right = torch.linalg.svd(update)
+        own_left, values, own_right = torch.linalg.svd(weight)
+        outputs, inputs = left[:, :2].T @ own_left[:, :2], right[:2] @ own_right[:2].T
+        assert found["output_overlap"] == pytest.approx(float(outputs.square().sum() / 2), abs=1e-4)
+        assert found["input_overlap"] == pytest.approx(float(inputs.square().sum() / 2), abs=1e-4)
+        assert module["weight"]["singular_values"] == pytest.approx(values.tolist(), rel=6e-6, abs=1e-6)
+
+    weights = {name: module["weight"] for name, module in data["modules"].items()}
+    without_run = found_by(f"backbone.path={tiny_bert_dir}", typed)["modules"]
+    assert {name: module["weight"] for name, module in without_run.items()} == weights
+    with pytest.raises(DataError, match=f"with {typed}, and the one given has neither quantization nor sparsity"):
+        found_by(f"run={directory.path}", f"backbone.path={tiny_bert_dir}")
+    assert found_by(f"run={directory.path}", f"backbone.path={tiny_bert_dir}", typed) == data
+
+
+@pytest.mark.parametrize(("cost", "unit"), [("latency", "ns"), ("flops", "FLOPs")])
+def test_the_budget_beside_a_run_of_another_cost_is_the_parameters_of_its_adapter(
+    cost: str,
+    unit: str,
+    configure: Any,  # noqa: F811
+    clock: None,  # noqa: F811
+) -> None:
+    steps = ("trainer.max_epochs=1", "trainer.max_steps=2")
+    cfg = configure("strategy=uniform", f"budget.cost={cost}", "budget.rank=1.5", "budget.rows=8", *steps)
+    result = run_one(cfg)
+    run = f"run={directory_of(cfg, result).path}"
+    data = found_by(run)
+    assert data["budget"] == result.params.adapter > 0
+    assert all(0 < plan["params"] <= result.params.adapter for plan in data["plans"].values())
+    note = data["notes"][0]
+    assert note.startswith(f"the run's budget counts {unit}, and plans of an analysis parameters: theirs is the ")
+    for typed, budget in (("budget.params=500", 500), ("budget=none", None)):
+        given = found_by(run, typed)
+        assert given["budget"] == budget
+        assert note not in given["notes"]
 
 
 def test_a_run_that_cannot_be_used(
