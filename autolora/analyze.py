@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autolora.command import carry_out
 from autolora.config import PathLike, RunConfig, Section
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autolora.strategies.base import Strategy
     from autolora.training.problem import Problem
 
+SectionT = TypeVar("SectionT", bound=Section)
 _HELP = """\
 usage: python -m autolora.analyze [backbone=NAME] [task=NAME] [run=DIR] [out=DIR] [group=choice ...] [key=value ...]
 
@@ -114,24 +115,30 @@ def read_command_line(arguments: Sequence[str]) -> Request:
     rest = [text for text in arguments if text not in own]
     typed = frozenset(text.partition("=")[0].lstrip("+").partition(".")[0] for text in rest)
     faults: list[str] = []
-    found: list[Any] = []
-    for read, part in ((lambda part: parse(Places, part), own), (compose, rest)):
-        try:
-            found.append(read(part))
-        except ConfigError as error:
-            faults += str(error).splitlines()
+    places = _or_faults(lambda: parse(Places, own), faults)
+    cfg = _or_faults(lambda: compose(rest, beside=tuple(Places.model_fields)), faults)
+    # Where the configuration is wrong, what was typed says what else is.
+    said = dict(text.lstrip("+").partition("=")[::2] for text in rest)
+    name = cfg.strategy.name if cfg else said.get("strategy")
+    cost = cfg.budget.cost if cfg else said.get("budget.cost", "parameters")
     theories = (*_WEIGHTS, *_ROWS)
-    if not faults and "strategy" in typed and found[1].strategy.name not in theories:
-        name = found[1].strategy.name
-        faults.append(f"strategy={name}: expected one of the theories, to set its options: {', '.join(theories)}")
-    if not faults and found[1].budget.cost != "parameters":
-        faults.append(
-            f"budget.cost={found[1].budget.cost}: plans of an analysis are counted in parameters: leave it out"
-        )
-    if faults:
+    if "strategy" in typed and name not in theories:
+        wrong = f"strategy={name}" if name else "strategy"
+        faults.append(f"{wrong}: expected one of the theories, to set its options: {', '.join(theories)}")
+    if cost != "parameters":
+        faults.append(f"budget.cost={cost}: plans of an analysis are counted in parameters: leave it out")
+    if places is None or cfg is None or faults:
         raise ConfigError("\n".join(faults))
-    places, cfg = found
     return Request(places.out or _usual_place(places.run, cfg, typed), places.run, cfg, typed)
+
+
+def _or_faults(read: Callable[[], SectionT], faults: list[str]) -> SectionT | None:
+    """What is read, or ``None``, with a line more for each fault."""
+    try:
+        return read()
+    except ConfigError as error:
+        faults += str(error).splitlines()
+        return None
 
 
 def _usual_place(run: Path | None, cfg: RunConfig, typed: frozenset[str]) -> Path:

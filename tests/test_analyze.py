@@ -19,7 +19,7 @@ from autolora.adapters.compress import Compression
 from autolora.analyze import analyze as look
 from autolora.analyze import main, read_command_line
 from autolora.backbones import load_backbone
-from autolora.errors import DataError
+from autolora.errors import ConfigError, DataError
 from autolora.files import dump_json
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.plan import Budget
@@ -296,6 +296,22 @@ def test_a_run_that_cannot_be_used(
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_faults_are_said_together() -> None:
+    def faults(*arguments: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            read_command_line(arguments)
+        return str(caught.value).splitlines()
+
+    run, key, strategy, cost = faults("run=a", "run=b", "strategy=uniform", "budget.cost=latency", "foo=1")
+    assert run == "run=b: run is given twice"
+    assert key.startswith("foo=1: unknown key foo; expected one of: out, run, seed, max_rank, ")
+    theories = "expected one of the theories, to set its options: spectral, marchenko_pastur, information"
+    assert strategy == f"strategy=uniform: {theories}"
+    assert cost == "budget.cost=latency: plans of an analysis are counted in parameters: leave it out"
+    assert faults("strategy.energy=0.5")[1:] == [f"strategy: {theories}"]
+    assert faults("strategy=spectral", "ouut=x") == ["ouut=x: unknown key ouut; did you mean out?"]
 
 
 @pytest.mark.parametrize(
