@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autolora.command import carry_out
 from autolora.config import PathLike, RunConfig, Section
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autolora.strategies.base import Strategy
     from autolora.training.problem import Problem
 
+SectionT = TypeVar("SectionT", bound=Section)
 _HELP = """\
 usage: python -m autolora.analyze [backbone=NAME] [task=NAME] [run=DIR] [out=DIR] [group=choice ...] [key=value ...]
 
@@ -32,7 +33,8 @@ Say what theory says of a model's Linears, and which ranks it recommends within 
   backbone=NAME   whose weights are looked at (default: minilm); backbone.path=DIR, backbone.id=ORG/NAME
   task=NAME       look at training rows too, for the information bottleneck
   run=DIR         a complete run with LoRA adapters: look at its updates too. Backbone, adapter settings, budget and
-                  max_rank are the run's, unless they are given
+                  max_rank are the run's, unless they are given; where its budget counts time or operations, the
+                  budget is the parameters of its adapter
   budget.rank=4   of the recommended ranks; budget.params=N, budget.fraction=F, budget=none. max_rank=16
   strategy=NAME strategy.KEY=VALUE   options of one of the theories: spectral, marchenko_pastur, information
   out=DIR         a folder that is not there yet, or empty (default: analysis/BACKBONE-TASK, or analysis/RUN)
@@ -41,6 +43,9 @@ All other keys are those of autolora.train: data.source, data.dir, data.max_trai
 
 DIR then has analysis.json, figures/ (SVG and PNG), and plans/NAME.json, for
   python -m autolora.train strategy=manual strategy.path=DIR/plans/NAME.json
+analysis.json has the singular values of every weight, to six digits (the largest 512 of one with more than 2048 rows
+and columns), and of every update. The optima of the information bottleneck are null where inputs say no more about the
+labels than about permutations of them: the plan is uniform then.
 Exit codes: 0 done, 1 the analysis failed, 2 the command line is wrong.
 """
 _FROM_THE_RUN = ("backbone", "adapter", "max_rank", "seed")
@@ -110,24 +115,30 @@ def read_command_line(arguments: Sequence[str]) -> Request:
     rest = [text for text in arguments if text not in own]
     typed = frozenset(text.partition("=")[0].lstrip("+").partition(".")[0] for text in rest)
     faults: list[str] = []
-    found: list[Any] = []
-    for read, part in ((lambda part: parse(Places, part), own), (compose, rest)):
-        try:
-            found.append(read(part))
-        except ConfigError as error:
-            faults += str(error).splitlines()
+    places = _or_faults(lambda: parse(Places, own), faults)
+    cfg = _or_faults(lambda: compose(rest, beside=tuple(Places.model_fields)), faults)
+    # Where the configuration is wrong, what was typed says what else is.
+    said = dict(text.lstrip("+").partition("=")[::2] for text in rest)
+    name = cfg.strategy.name if cfg else said.get("strategy")
+    cost = cfg.budget.cost if cfg else said.get("budget.cost", "parameters")
     theories = (*_WEIGHTS, *_ROWS)
-    if not faults and "strategy" in typed and found[1].strategy.name not in theories:
-        name = found[1].strategy.name
-        faults.append(f"strategy={name}: expected one of the theories, to set its options: {', '.join(theories)}")
-    if not faults and found[1].budget.cost != "parameters":
-        faults.append(
-            f"budget.cost={found[1].budget.cost}: plans of an analysis are counted in parameters: leave it out"
-        )
-    if faults:
+    if "strategy" in typed and name not in theories:
+        wrong = f"strategy={name}" if name else "strategy"
+        faults.append(f"{wrong}: expected one of the theories, to set its options: {', '.join(theories)}")
+    if cost != "parameters":
+        faults.append(f"budget.cost={cost}: plans of an analysis are counted in parameters: leave it out")
+    if places is None or cfg is None or faults:
         raise ConfigError("\n".join(faults))
-    places, cfg = found
     return Request(places.out or _usual_place(places.run, cfg, typed), places.run, cfg, typed)
+
+
+def _or_faults(read: Callable[[], SectionT], faults: list[str]) -> SectionT | None:
+    """What is read, or ``None``, with a line more for each fault."""
+    try:
+        return read()
+    except ConfigError as error:
+        faults += str(error).splitlines()
+        return None
 
 
 def _usual_place(run: Path | None, cfg: RunConfig, typed: frozenset[str]) -> Path:
@@ -153,8 +164,9 @@ def analyze(request: Request) -> Analysis:
     problem = make_problem(cfg) if "task" in request.typed else None
     if trained is not None:
         _require_same_backbone(trained, cfg, problem)
-    budget = _budget(request, problem, trained)
+    budget, notes = _budget(request, problem, trained)
     analysis = _of_model(cfg, problem, _model(cfg, problem, trained), budget)
+    analysis = replace(analysis, notes=(*notes, *analysis.notes))
     return analysis if trained is None else _with_updates(analysis, trained)
 
 
@@ -191,8 +203,15 @@ def read_trained(run: Path, backbone: Path | None) -> Trained:
 def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | None) -> None:
     """A backbone or a task that was typed beside a run has to be on the run's weights."""
     from autolora.backbones import locate, weights_fingerprint
+    from autolora.parts import compression
 
     result = trained.directory.read_result()
+    theirs, typed = (str(compression(one)) or "neither quantization nor sparsity" for one in (trained.cfg, cfg))
+    if typed != theirs:
+        raise DataError(
+            f"run={trained.directory.path}: it was trained on a backbone with {theirs}, and the one given has {typed}: "
+            "say the same of it, or leave backbone out"
+        )
     if problem is not None:
         here = problem.backbone_fingerprint
     elif cfg.backbone.name == "none":
@@ -208,11 +227,12 @@ def _require_same_backbone(trained: Trained, cfg: RunConfig, problem: Problem | 
 
 def _with_updates(analysis: Analysis, trained: Trained) -> Analysis:
     """The analysis with numbers of the run's updates."""
+    from autolora.strategies.spectral import frozen_weight
     from autolora.theory.modules import update_numbers
 
     updates = {}
     for name, layer in trained.adapters.layers.items():
-        weight = layer.unmerged_weight
+        weight = frozen_weight(trained.adapters.model, f"{name}.base_layer")
         updates[name] = update_numbers(layer.delta_weight(), weight.T if layer.transposed else weight, layer.rank)
     result = trained.directory.read_result()
     return replace(analysis, run=f"{result.strategy} on {result.task}", updates=updates, found=result.ranks)
@@ -231,17 +251,26 @@ def _model(cfg: RunConfig, problem: Problem | None, trained: Trained | None) -> 
 
         return build_model(trained.cfg.model_copy(update={"backbone": cfg.backbone}))[0]
     from autolora.backbones import load_backbone
+    from autolora.parts import compression
 
-    return load_backbone(**cfg.backbone.weights, num_labels=2).model
+    return load_backbone(**cfg.backbone.weights, num_labels=2, compression=compression(cfg)).model
 
 
-def _budget(request: Request, problem: Problem | None, trained: Trained | None) -> Budget:
-    """What was typed, or else the run's, the task's own, or that of uniform rank 4."""
+def _budget(request: Request, problem: Problem | None, trained: Trained | None) -> tuple[Budget, tuple[str, ...]]:
+    """What was typed, or else the run's, the task's own, or that of uniform rank 4; and what is to be said of it."""
     if "budget" not in request.typed and trained is not None:
-        return Budget(params=trained.directory.read_result().params.budget)
+        result = trained.directory.read_result()
+        if result.price is None or result.price.budget is None:
+            return Budget(params=result.params.budget), ()
+        spent = result.params.adapter
+        note = (
+            f"the run's budget counts {result.price.unit}, and plans of an analysis parameters: theirs is the "
+            f"{spent:,} of the run's adapter"
+        )
+        return Budget(params=spent), (note,)
     given: dict[str, Any] = request.cfg.budget.given()
     default = Budget(rank=4) if problem is None else problem.default_budget
-    return (Budget(**given) if given else default) if request.cfg.budget.enabled else Budget()
+    return (Budget(**given) if given else default) if request.cfg.budget.enabled else Budget(), ()
 
 
 def _of_model(cfg: RunConfig, problem: Problem | None, model: nn.Module, budget: Budget) -> Analysis:
@@ -266,7 +295,8 @@ def _of_model(cfg: RunConfig, problem: Problem | None, model: nn.Module, budget:
         notes = (*analysis.notes, *(f"{name}: {note}" for note in strategy.notes))
         analysis = replace(analysis, plans={**analysis.plans, name: plan}, budget=strategy.allowance, notes=notes)
         if name in _ROWS:
-            analysis = replace(analysis, codes=strategy.codes, beta=strategy.beta, optima=strategy.optima())
+            optima = {} if strategy.beta is None else strategy.optima()
+            analysis = replace(analysis, codes=strategy.codes, beta=strategy.beta, optima=optima)
     if problem is None:
         return analysis
     notes = (*problem.notes, *analysis.notes)

@@ -92,19 +92,26 @@ class _Request:
     faults: list[str] = field(default_factory=list)
 
 
-def compose(overrides: Sequence[str] = (), *, root: Path | None = None, config_dir: Path | None = None) -> RunConfig:
+def compose(
+    overrides: Sequence[str] = (),
+    *,
+    root: Path | None = None,
+    config_dir: Path | None = None,
+    beside: Sequence[str] = (),
+) -> RunConfig:
     """The configuration that ``python -m autolora.train *overrides`` would run.
 
     Args:
         overrides: ``key=value`` and ``group=choice``, as on the command line; no sweeps.
         root: folder of the configuration files; :func:`config_root` by default.
         config_dir: a further folder with groups, as ``--config-dir``.
+        beside: keys that a command line has besides, to be suggested in place of one that is unknown.
 
     Raises:
         ConfigError: with every fault, a line each.
     """
     with _Composer(root or config_root(), "config", config_dir).ready() as composer:
-        config, faults, _ = composer.check(overrides, multirun=False)
+        config, faults, _ = composer.check(overrides, multirun=False, beside=beside)
     if faults or config is None:
         raise ConfigError("\n".join(faults))
     return config
@@ -174,7 +181,9 @@ class _Composer:
         with initialize_config_dir(str(self.root), version_base=VERSION_BASE, job_name="train"):
             yield self
 
-    def check(self, overrides: Sequence[str], *, multirun: bool) -> tuple[RunConfig | None, list[str], Grid | None]:
+    def check(
+        self, overrides: Sequence[str], *, multirun: bool, beside: Sequence[str] = ()
+    ) -> tuple[RunConfig | None, list[str], Grid | None]:
         """The configuration with the first value of everything, the faults of all values, and the sweep."""
         request = self.take_apart(overrides)
         faults = request.faults
@@ -183,7 +192,7 @@ class _Composer:
         if base is None:
             return None, faults, None
         raw, hydra = base
-        config, found = validate(raw, {s.key: s.written(s.overrides[0]) for s in request.settings})
+        config, found = validate(raw, {s.key: s.written(s.overrides[0]) for s in request.settings}, beside)
         faults += found
         swept = [setting for setting in request.settings if len(setting.overrides) > 1]
         grid = None

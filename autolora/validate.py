@@ -53,12 +53,15 @@ class _Problem:
     among: tuple[str, ...] = ()
 
 
-def validate(raw: Mapping[str, Any], typed: Mapping[str, str] | None = None) -> tuple[RunConfig | None, list[str]]:
+def validate(
+    raw: Mapping[str, Any], typed: Mapping[str, str] | None = None, beside: Sequence[str] = ()
+) -> tuple[RunConfig | None, list[str]]:
     """Validate a composed configuration; everything that is wrong with it comes back, a line each.
 
     Args:
         raw: nested mapping with the keys of :class:`RunConfig`; ``strategy`` is flat: ``{"name": ..., **options}``.
         typed: what the user wrote, by dotted key (``{"budget.rank": "budget.rank=-1"}``), to be quoted in the lines.
+        beside: keys that the command line has besides, to be suggested too.
 
     Returns:
         The configuration, or ``None`` where there are faults; and the faults.
@@ -75,7 +78,7 @@ def validate(raw: Mapping[str, Any], typed: Mapping[str, str] | None = None) -> 
         _, conflicts = _try(RunConfig, _without(tree, wrong) | stand_in)
         found += [problem for problem in conflicts if not any(_touches(key, wrong) for key in problem.among)]
     if found:
-        keys = known_keys(tree)
+        keys = [*beside, *known_keys(tree)]
         return None, list(dict.fromkeys(_line(problem, tree, typed or {}, keys) for problem in found))
     return config, []
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_run import configure, sst2, write_sst2  # noqa: F401  fixtures
+from safetensors.torch import load_file
+from test_priced_runs import clock  # noqa: F401  fixture
+from test_run import configure, directory_of, sst2, write_sst2  # noqa: F401  fixtures
+from torch import Tensor
 
 from autolora.adapters import AdapterSettings
+from autolora.adapters.compress import Compression
 from autolora.analyze import analyze as look
 from autolora.analyze import main, read_command_line
 from autolora.backbones import load_backbone
+from autolora.errors import ConfigError, DataError
 from autolora.files import dump_json
 from autolora.parts import adapter_settings, make_problem, make_strategy
 from autolora.plan import Budget
+from autolora.reporting.theory import print_analysis
 from autolora.results import RunDirectory
 from autolora.run import run_one
 from autolora.strategies.manual import Manual
@@ -70,6 +77,9 @@ def test_the_files_and_what_is_in_them(analysed: Path, tiny_bert_dir: Path) -> N
     values = torch.linalg.svdvals(weight.weight.detach().double())  # type: ignore[operator, union-attr]
     assert module["weight"]["shape"] == [32, 64]
     assert module["weight"]["stable_rank"] == pytest.approx(float(values.square().sum() / values[0] ** 2))
+    assert module["weight"]["singular_values"] == pytest.approx(values.tolist(), rel=6e-6)
+    assert data["beta"] is not None
+    assert module["information"]["optimum"] >= 0
 
 
 def test_plans_are_those_of_the_strategies_and_can_be_trained(
@@ -120,7 +130,29 @@ def test_without_a_task_only_weights_are_looked_at(
     printed = capsys.readouterr()
     assert "data:" not in printed.out
     assert "strategy=marchenko_pastur" in printed.out
+    assert "hard threshold." in printed.out
+    assert "IB" not in printed.out
     assert printed.err == ""
+
+
+def test_labels_of_which_nothing_is_known_have_no_optimum(
+    tiny_bert_dir: Path, rows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bottleneck has no rank to name then, though the plan is uniform."""
+    folder, rng = write_sst2(tmp_path / "glue"), random.Random(0)
+    file = folder / "SST-2" / "train.tsv"
+    header, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([header, *(line[:-1] + rng.choice("01") for line in lines)]) + "\n")
+    typed = [text for text in rows if not text.startswith("data.dir")] + [f"data.dir={folder}", "budget.rank=2"]
+    found = look(read_command_line([f"backbone.path={tiny_bert_dir}", *typed]))
+    data = found.to_json()
+    assert data["beta"] is None
+    assert {module["information"]["optimum"] for module in data["modules"].values()} == {None}
+    assert set(data["plans"]["information"]["ranks"].values()) == {2}
+    print_analysis(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: information: what modules read says no more about the labels than about permutations" in printed
+    assert "IB" not in printed
 
 
 def test_dev_is_never_looked_at(analysed: Path, tiny_bert_dir: Path, rows: list[str], tmp_path: Path) -> None:
@@ -143,6 +175,15 @@ def test_planted_ranks(tmp_path: Path) -> None:
 # A run ----------------------------------------------------------------------------------------------------------------
 
 
+def update_of(directory: RunDirectory, name: str) -> Tensor:
+    """The update of a module, by hand from the files of the adapter."""
+    tensors = load_file(directory.adapter / "adapter_model.safetensors")
+    config = json.loads((directory.adapter / "adapter_config.json").read_text())
+    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    rank, alpha = config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"])
+    return alpha / rank * b @ a
+
+
 @pytest.fixture
 def trained(configure: Any) -> RunDirectory:  # noqa: F811
     cfg = configure("strategy=uniform", "trainer.max_epochs=1")
@@ -160,13 +201,7 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
     assert {path.stem for path in (out / "figures").iterdir()} >= {"updates", "update_spectra"}
 
     name = "bert.encoder.layer.0.attention.self.value"
-    from safetensors.torch import load_file
-
-    tensors = load_file(trained.adapter / "adapter_model.safetensors")
-    config = json.loads((trained.adapter / "adapter_config.json").read_text())
-    a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-    ranks = config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"])
-    update = ranks[1] / ranks[0] * b @ a
+    update = update_of(trained, name)
     weight = load_backbone(path=tiny_bert_dir, num_labels=2).model.get_submodule(name).weight.detach().double()  # type: ignore[operator, union-attr]
     left, values, right = torch.linalg.svd(update)
     own_left, _, own_right = torch.linalg.svd(weight)
@@ -183,6 +218,59 @@ def test_a_run_s_updates(trained: RunDirectory, tiny_bert_dir: Path, rows: list[
     assert {name: one["update"] for name, one in with_rows["modules"].items()} == {
         name: one["update"] for name, one in data["modules"].items()
     }
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_updates_on_a_quantised_backbone_are_held_to_what_its_codes_stand_for(
+    kind: Any,
+    configure: Any,  # noqa: F811
+    tiny_bert_dir: Path,
+) -> None:
+    typed = f"backbone.quantization={kind}"
+    cfg = configure("strategy=uniform", "trainer.max_epochs=1", "trainer.max_steps=6", typed)
+    directory = directory_of(cfg, run_one(cfg))
+    data = found_by(f"run={directory.path}")
+    bare = load_backbone(path=tiny_bert_dir, num_labels=2, compression=Compression(quantization=kind)).model
+    assert len(data["modules"]) == 13
+    for name, module in data["modules"].items():
+        weight, update = bare.get_submodule(name).dequantized().double(), update_of(directory, name)  # type: ignore[operator, union-attr]
+        found = module["update"]
+        assert found["relative_size"] == pytest.approx(float(update.norm() / weight.norm()), rel=1e-4)
+        left, _, right = torch.linalg.svd(update)
+        own_left, values, own_right = torch.linalg.svd(weight)
+        outputs, inputs = left[:, :2].T @ own_left[:, :2], right[:2] @ own_right[:2].T
+        assert found["output_overlap"] == pytest.approx(float(outputs.square().sum() / 2), abs=1e-4)
+        assert found["input_overlap"] == pytest.approx(float(inputs.square().sum() / 2), abs=1e-4)
+        assert module["weight"]["singular_values"] == pytest.approx(values.tolist(), rel=6e-6, abs=1e-6)
+
+    weights = {name: module["weight"] for name, module in data["modules"].items()}
+    without_run = found_by(f"backbone.path={tiny_bert_dir}", typed)["modules"]
+    assert {name: module["weight"] for name, module in without_run.items()} == weights
+    with pytest.raises(DataError, match=f"with {typed}, and the one given has neither quantization nor sparsity"):
+        found_by(f"run={directory.path}", f"backbone.path={tiny_bert_dir}")
+    assert found_by(f"run={directory.path}", f"backbone.path={tiny_bert_dir}", typed) == data
+
+
+@pytest.mark.parametrize(("cost", "unit"), [("latency", "ns"), ("flops", "FLOPs")])
+def test_the_budget_beside_a_run_of_another_cost_is_the_parameters_of_its_adapter(
+    cost: str,
+    unit: str,
+    configure: Any,  # noqa: F811
+    clock: None,  # noqa: F811
+) -> None:
+    steps = ("trainer.max_epochs=1", "trainer.max_steps=2")
+    cfg = configure("strategy=uniform", f"budget.cost={cost}", "budget.rank=1.5", "budget.rows=8", *steps)
+    result = run_one(cfg)
+    run = f"run={directory_of(cfg, result).path}"
+    data = found_by(run)
+    assert data["budget"] == result.params.adapter > 0
+    assert all(0 < plan["params"] <= result.params.adapter for plan in data["plans"].values())
+    note = data["notes"][0]
+    assert note.startswith(f"the run's budget counts {unit}, and plans of an analysis parameters: theirs is the ")
+    for typed, budget in (("budget.params=500", 500), ("budget=none", None)):
+        given = found_by(run, typed)
+        assert given["budget"] == budget
+        assert note not in given["notes"]
 
 
 def test_a_run_that_cannot_be_used(
@@ -210,10 +298,25 @@ def test_a_run_that_cannot_be_used(
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
+def test_faults_are_said_together() -> None:
+    def faults(*arguments: str) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            read_command_line(arguments)
+        return str(caught.value).splitlines()
+
+    run, key, strategy, cost = faults("run=a", "run=b", "strategy=uniform", "budget.cost=latency", "foo=1")
+    assert run == "run=b: run is given twice"
+    assert key.startswith("foo=1: unknown key foo; expected one of: out, run, seed, max_rank, ")
+    theories = "expected one of the theories, to set its options: spectral, marchenko_pastur, information"
+    assert strategy == f"strategy=uniform: {theories}"
+    assert cost == "budget.cost=latency: plans of an analysis are counted in parameters: leave it out"
+    assert faults("strategy.energy=0.5")[1:] == [f"strategy: {theories}"]
+    assert faults("strategy=spectral", "ouut=x") == ["ouut=x: unknown key ouut; did you mean out?"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["backbone=minilm"], 2, "out: expected a value, got none"),
         (["out=OUT", "backbone=minilmm"], 2, "unknown backbone 'minilmm'; did you mean 'minilm'?"),
         (["out=OUT", "task=rte", "data.source=local"], 2, "expected the folder too: add data.dir=DIR"),
         (["out=OUT", "strategy=uniform"], 2, "strategy=uniform: expected one of the theories"),

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "Stable and effective rank; directions for 80, 90 and 95 % of the energy, above the edge of noise, and above the "
-    "hard threshold; IB: rank at the information bottleneck's optimum."
+    "hard threshold"
 )
+_IB_LEGEND = "; IB: rank at the information bottleneck's optimum"
 _UPDATE_LEGEND = (
     "rank, effective rank, components for 90 % of its energy, and how much of its outputs and inputs lies in W's "
     "largest directions, over what chance has."
 )
+_DIGITS = 6
+"""Of singular values in ``analysis.json``: they are most of the file."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Analysis:
         options: of the theories, by theory.
         plans: the ranks that each recommends.
         budget: in the unit of the plans; ``None`` without one.
-        codes, beta, optima: what codes of modules' inputs say, the multiplier, and the rank at each one's optimum.
+        codes, beta, optima: what codes of modules' inputs say, the multiplier, and the rank at each one's optimum;
+            ``None`` and empty where they say no more about the labels than about permutations of them.
         run, updates, found: strategy and task of the run, its updates, and its ranks.
         notes: what the user should know.
     """
@@ -63,7 +67,12 @@ class Analysis:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``analysis.json``; the parts that were not asked for are null."""
+        """The content of ``analysis.json``; the parts that were not asked for are null.
+
+        Singular values of weights are those that are known, the largest :data:`autolora.theory.spectra.LARGEST` of a
+        large one, to :data:`_DIGITS` significant digits. Where inputs say no more about the labels than about
+        permutations of them, ``beta`` and every ``optimum`` are null, and the plan is uniform.
+        """
         return {
             "backbone": self.backbone,
             "task": self.task,
@@ -82,8 +91,11 @@ class Analysis:
         return {
             "role": role_of(name).value,
             "depth": depth_of(name),
-            "weight": asdict(self.weights[name]),
-            "information": None if code is None else {**asdict(code), "optimum": self.optima[name]},
+            "weight": {
+                **asdict(self.weights[name]),
+                "singular_values": [float(f"{value:.{_DIGITS}g}") for value in self.spectra[name].values.tolist()],
+            },
+            "information": None if code is None else {**asdict(code), "optimum": self.optima.get(name)},
             "update": None if update is None else asdict(update),
         }
 
@@ -113,7 +125,7 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     console = console or Console()
     rows = f", {analysis.task} ({analysis.data_source})" if analysis.task else ""
     console.print(f"\n{analysis.backbone}{rows}: {len(analysis.weights)} Linears", highlight=False)
-    console.print(_LEGEND, highlight=False)
+    console.print(f"{_LEGEND}{_IB_LEGEND if analysis.beta is not None else ''}.", highlight=False)
     columns = columns_of(analysis)
     console.print(_table("W, means by role", list(analysis.weights), [one for one in columns if one.of == "weight"]))
     if analysis.updates:

@@ -100,8 +100,20 @@ def test_the_table_fits_a_terminal_and_without_a_price_there_is_no_optimum() -> 
     assert "note: something" in out.getvalue()
     shown = [column.short for column in columns_of(analysis())]
     assert "IB" in shown
-    silent = Analysis(**{**vars(analysis()), "beta": None})
+    assert "; IB: rank at" in " ".join(out.getvalue().split())
+    silent = Analysis(**{**vars(analysis()), "beta": None, "optima": {}})
     assert [column.short for column in columns_of(silent)] == [name for name in shown if name != "IB"]
+    out = io.StringIO()
+    print_analysis(silent, Console(file=out, width=80))
+    assert "IB" not in out.getvalue()
+    bits(silent).close()
+
+
+def test_of_a_weight_known_in_part_what_is_known_is_written() -> None:
+    weight = torch.diag(torch.tensor([3.0, 2.0, 1.0])) / 3
+    spectrum = spectrum_of(weight, exact_up_to=2, largest=2)
+    one = Analysis(backbone="tiny", weights={"a": weight_numbers(spectrum)}, spectra={"a": spectrum}, options={})
+    assert one.to_json()["modules"]["a"]["weight"]["singular_values"] == [1.0, 0.666667]
 
 
 def test_an_update_along_the_weight_overlaps_far_more_than_chance() -> None:

@@ -153,7 +153,7 @@ def bits(analysis: Analysis) -> Figure:
             code = analysis.codes[name]
             (line,) = ax.plot(code.ranks, values(code), color=styles[name]["color"], linewidth=1.2)
             figure.tip(line, f"{labels[name]}: {label}")
-            best = analysis.optima[name]
+            best = analysis.optima.get(name)
             if best and label == curves[-1][0] and beta is not None:
                 (mark,) = ax.plot(best, values(code)[code.ranks.index(best)], markersize=6, **styles[name])
                 figure.tip(mark, f"{labels[name]}: optimum at rank {best}")
