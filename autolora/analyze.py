@@ -192,7 +192,7 @@ def read_trained(run: Path, backbone: Path | None) -> Trained:
     from autolora.export import kind_of, load, read_run
 
     directory = RunDirectory(run.parent if run.name == "result.json" else run)
-    cfg = read_run(directory, backbone)
+    cfg = read_run(directory, "analysed", backbone)
     kind = kind_of(directory)
     adapters = load(cfg, kind, directory.adapter)[0] if kind == "LORA" else None
     if adapters is None or not adapters.layers:

@@ -23,7 +23,15 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep, Transformer
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Transformer,
+)
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -115,6 +123,11 @@ def compose(
     if faults or config is None:
         raise ConfigError("\n".join(faults))
     return config
+
+
+def in_quotes(value: object) -> str:
+    """A text as a value of an override, whatever characters it has: ``f"strategy.path={in_quotes(path)}"``."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def check_command_line(argv: Sequence[str]) -> CommandLine:

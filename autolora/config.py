@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -56,6 +56,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 PathLike = Annotated[Path, Strict(False), BeforeValidator(_path)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -77,6 +78,18 @@ class Section(BaseModel):
     def conflicts(self) -> Iterator[Conflict]:
         """What is wrong between the values of this section."""
         yield from ()
+
+
+class Judged(Section):
+    """A section that cannot be made while something is wrong between its values."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Self:
+        found = list(self.conflicts())
+        if found:
+            text = "; ".join(conflict.message for conflict in found)
+            raise PydanticCustomError("conflicts", text, {"conflicts": found})
+        return self
 
 
 class GlueTaskConfig(Section):
@@ -479,10 +492,10 @@ class CsvConfig(Section):
     name: Literal["csv"] = "csv"
 
 
-class RunConfig(Section):
+class RunConfig(Judged):
     """Everything that decides a run."""
 
-    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    seed: Seed = 0
     max_rank: Count = 16
     rank_multiple: Count = 1
     run_root: PathLike = Path("runs")
@@ -500,14 +513,6 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     logger: WandbConfig | CsvConfig = Field(default=WandbConfig(), discriminator="name")
-
-    @model_validator(mode="after")
-    def _no_conflicts(self) -> RunConfig:
-        found = list(self.conflicts())
-        if found:
-            text = "; ".join(conflict.message for conflict in found)
-            raise PydanticCustomError("conflicts", text, {"conflicts": found})
-        return self
 
     def conflicts(self) -> Iterator[Conflict]:
         """What is wrong inside the sections, and between them; what the strategy says of a key comes first."""

@@ -95,7 +95,7 @@ def export(settings: Settings) -> str:
         DiskFullError: if there is no space.
     """
     directory, out = run_directory(settings.run), settings.out
-    cfg = read_run(directory, settings.backbone.path)
+    cfg = read_run(directory, "exported as one model", settings.backbone.path)
     kind = kind_of(directory)
     _refuse(cfg, kind, settings.format)
     require_empty(out)
@@ -140,13 +140,14 @@ def run_directory(path: Path) -> RunDirectory:
     return RunDirectory(path.parent) if path.name == directory.result.name else directory
 
 
-def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig:
+def read_run(directory: RunDirectory, purpose: str, backbone: Path | None = None) -> RunConfig:
     """The configuration of a complete run.
 
     Where the data were does not matter any more, and a backbone in a folder is looked for where it was found then.
 
     Args:
         directory: of the run.
+        purpose: what the run is to be, for messages: "predicted with".
         backbone: folder to take the backbone from instead.
 
     Raises:
@@ -161,8 +162,9 @@ def read_run(directory: RunDirectory, backbone: Path | None = None) -> RunConfig
     sidecar = read_sidecar(directory.adapter)
     if sidecar is None and (of_tasks := sorted(path.parent.name for path in directory.adapter.glob("*/autolora.json"))):
         raise DataError(
-            f"{directory.path}: the run has an adapter for each task in adapter/ ({', '.join(of_tasks)}), each as "
-            "stock PEFT reads it: copy the folder of a task"
+            f"{directory.path}: a run on several tasks cannot be {purpose}. adapter/TASK has the adapter of one task "
+            f"({', '.join(of_tasks)}) in PEFT's format, to be copied as it is: on the backbone with a head for the "
+            "task's labels, peft.PeftModel.from_pretrained loads it, and so do load_peft and AdapterBank of autolora"
         )
     if sidecar is None:
         raise DataError(f"{directory.path}: expected the folder adapter/ with autolora.json; run again with force=true")

@@ -103,7 +103,7 @@ def predict(settings: Settings) -> int:
     """
     with _opened(settings.input) as stream:
         directory = run_directory(settings.run)
-        cfg, kind = read_run(directory, settings.backbone.path), kind_of(directory)
+        cfg, kind = read_run(directory, "predicted with", settings.backbone.path), kind_of(directory)
         if not isinstance(cfg.task, GlueTaskConfig):
             raise DataError(
                 f"task={cfg.task.name}: expected a run of a task on text: there are no examples of this one"

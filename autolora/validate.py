@@ -13,13 +13,13 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -44,13 +44,18 @@ class _NoOptions(BaseModel):
 
 @dataclass(frozen=True)
 class _Problem:
-    """One fault at a dotted key. ``said`` is the whole message where a model itself gave one, ``among`` its keys."""
+    """One fault at a dotted key.
+
+    ``said`` is the whole message where a model itself gave one, ``among`` its keys; ``members`` are those of a list
+    that are wrong, where the others are not.
+    """
 
     key: str
     kind: Literal["unknown", "missing", "value", "said", "conflict"]
     expected: str = ""
     said: str = ""
     among: tuple[str, ...] = ()
+    members: tuple[Any, ...] = ()
 
 
 def validate(
@@ -129,6 +134,10 @@ def parse(model: type[ModelT], arguments: Sequence[str]) -> ModelT:
             typed[key] = argument
             _put(tree, key, _from_yaml(value))
     settings, problems = _try(model, tree)
+    if any(problem.members for problem in problems):
+        # Models look for conflicts only once every value is valid by itself: look again at the members that are.
+        _, again = _try(model, _without_members(tree, problems))
+        problems += [problem for problem in again if problem.kind == "conflict"]
     faults += [_line(problem, tree, typed, _keys_of(model, tree)) for problem in problems]
     if settings is None or faults:
         raise ConfigError("\n".join(faults))
@@ -224,8 +233,11 @@ def _try(
         problems: dict[str, _Problem] = {}
         for entry in error.errors(include_url=False):
             for problem in _problems(model, entry, prefix):
-                # A union reports each of its members: one line says what the whole field expects.
-                problems.setdefault(problem.key + problem.said, problem)
+                # A union reports each of its types, a list each wrong member: one line says what the field expects.
+                known = problems.setdefault(problem.key + problem.said, problem)
+                if known.members and known is not problem:
+                    members = (*known.members, *problem.members) if problem.members else known.members
+                    problems[problem.key + problem.said] = replace(known, members=members)
         return None, list(problems.values())
 
 
@@ -248,9 +260,10 @@ def _problems(model: type[BaseModel], entry: Any, prefix: tuple[str, ...]) -> li
         case "model_type" | "model_attributes_type":
             return [_Problem(key, "value", expected="a section with keys of its own")]
         case _:
-            return [
-                _Problem(key, "value", expected=_phrase(field.annotation, field.metadata) if field else entry["msg"])
-            ]
+            of_list = isinstance(entry["loc"][-1], int) and entry["type"] != "missing"
+            members = (entry["input"],) if of_list else ()
+            expected = _phrase(field.annotation, field.metadata) if field else entry["msg"]
+            return [_Problem(key, "value", expected=expected, members=members)]
 
 
 def _locate(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[tuple[str, ...], FieldInfo | None]:
@@ -300,6 +313,17 @@ def _without(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def _without_members(tree: Mapping[str, Any], problems: Iterable[_Problem]) -> dict[str, Any]:
+    """A copy of the tree, its lists without the members that are wrong."""
+    result = copy.deepcopy(dict(tree))
+    for problem in problems:
+        *parents, last = problem.key.split(".")
+        node = _get(result, ".".join(parents)) if parents else result
+        if problem.members and isinstance(node[last], list):
+            node[last] = [member for member in node[last] if member not in problem.members]
+    return result
+
+
 # Saying them ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,11 +337,12 @@ def _line(problem: _Problem, tree: Mapping[str, Any], typed: Mapping[str, str], 
     if problem.kind == "unknown":
         key = next((key for key in typed if key.startswith(problem.key + ".")), problem.key)
         return f"{written}: unknown key {key}; {_suggestion(key, keys)}"
-    hint = ""
-    if isinstance(value, str) and problem.expected.startswith("one of "):
-        close = nearest(value, problem.expected.removeprefix("one of ").split(", "))
-        hint = f"; did you mean {close}?" if close else ""
-    return f"{written}: expected {problem.expected}, got {_show(value)}{hint}"
+    wrong = problem.members or (value,)
+    options = re.fullmatch(r"(?:one of|a .* among) (.*)", problem.expected)
+    names = options[1].split(", ") if options else []
+    close = [name for item in wrong if isinstance(item, str) and (name := nearest(item, names))]
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    return f"{written}: expected {problem.expected}, got {', '.join(map(_show, wrong))}{hint}"
 
 
 def _written(key: str, typed: Mapping[str, str]) -> str | None:
@@ -399,13 +424,13 @@ def _phrase(annotation: Any, metadata: Sequence[Any] = (), plural: bool = False)
     if origin is Annotated:
         return _phrase(args[0], [*args[1:], *metadata], plural)
     if origin is Literal:
-        return _one_of(args)
+        return f"names among {_listed(args)}" if plural else _one_of(args)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_phrase(arg, () if arg is type(None) else metadata) for arg in args))
     if origin in (list, tuple):
         inner = _phrase(args[0], plural=True)
         fixed = f"{len(args)} " if args and args[-1] is not Ellipsis and origin is tuple else ""
-        return f"a list of {fixed}{inner}"
+        return f"a list of {fixed or _length(metadata)}{inner}"
     if origin is dict:
         return f"a mapping of names to {_phrase(args[1], plural=True)}"
     noun = _NOUNS.get(annotation, (str(annotation),) * 2)[plural]
@@ -414,5 +439,16 @@ def _phrase(annotation: Any, metadata: Sequence[Any] = (), plural: bool = False)
     return f"{noun} {' and '.join(limits)}".strip()
 
 
+def _length(metadata: Sequence[Any]) -> str:
+    """How many members a list has to have, before what they are."""
+    for least, most in ((m.min_length, m.max_length) for m in metadata if isinstance(m, Len)):
+        return f"{least} " if least == most else f"at least {least} " if least > 1 else "one or more "
+    return ""
+
+
 def _one_of(values: Sequence[Any]) -> str:
-    return "one of " + ", ".join(dict.fromkeys(map(str, values)))
+    return f"one of {_listed(values)}"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))

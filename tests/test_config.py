@@ -213,7 +213,16 @@ def test_cache_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("task=planted backbone=minilm", "backbone=minilm: task=planted brings its own model"),
         ("task=planted task.ranks=[1,2]", "task.ranks: expected two for each of the 3 widths, 6 in all, got 2"),
         ("task=planted task.ranks=[33,0,0,0,0,0]", "task.ranks: U0 can have rank 0 to 32 (min(in, out)), got 33"),
-        ("task=planted task.ranks=[0,0,x,0,0,0]", "task.ranks=[0,0,x,0,0,0]: expected a list of integers >= 0, got "),
+        (
+            "task=planted task.ranks=[0,0,x,0,0,0]",
+            "task.ranks=[0,0,x,0,0,0]: expected a list of integers >= 0, got 'x'",
+        ),
+        ("task=planted task.widths=[]", "task.widths=[]: expected a list of one or more integers >= 1, got []"),
+        (
+            "task=mixture task.tasks=[rte,mnil,7]",
+            "task.tasks=[rte,mnil,7]: expected a list of names among cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, "
+            "wnli, got 'mnil', 7; did you mean mnli?",
+        ),
         ("adapter.alpha=16", "adapter.alpha: expected adapter.reference_rank=R too"),
         ("adapter.rslora=true", "adapter.rslora: only has a meaning beside adapter.alpha"),
         ("adapter.targets='('", "adapter.targets: expected names or regular expressions, got '('"),

@@ -10,7 +10,7 @@ from annotated_types import Len
 from pydantic import Strict
 
 from autolora.command import carry_out
-from autolora.config import Conflict, Count, GlueName, NonNegative, PathLike, Section, Whole
+from autolora.config import Conflict, Count, GlueName, Judged, NonNegative, PathLike, Seed
 from autolora.errors import ConfigError
 from autolora.validate import parse
 
@@ -30,14 +30,15 @@ plans, train, and say what sharing does to the tasks.
   probe_rank=8           everywhere
   seeds=[0]              one or several
   out=multitask          plans and multitask.json
-  any other key=value    of python -m autolora.train, for all runs (data.source=local data.dir=DIR, ...)
+  any other key=value    of python -m autolora.train, for all runs (data.source=local data.dir=DIR, ...),
+                         but for rank_multiple
 
 The same command goes on after an interruption. Exit codes: 0 done, 1 something that can be mended went wrong, 2 the
 command line is wrong, 130 and 143 after Ctrl-C and SIGTERM.
 """
 
 
-class Settings(Section):
+class Settings(Judged):
     """The command line, without what belongs to the runs."""
 
     tasks: Annotated[tuple[GlueName, ...], Strict(False), Len(2)]
@@ -47,7 +48,7 @@ class Settings(Section):
     orthogonality: NonNegative = 0.0
     probe_steps: Count = 200
     probe_rank: Count = 8
-    seeds: Annotated[tuple[Whole, ...], Strict(False), Len(1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Strict(False), Len(1)] = (0,)
     out: PathLike = Path("multitask")
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -74,19 +75,15 @@ def _study(arguments: Sequence[str]) -> None:
     own = [argument for argument in arguments if argument.partition("=")[0] in Settings.model_fields]
     rest = [argument for argument in arguments if argument not in own]
     settings = parse(Settings, own)
-    if faults := [conflict.message for conflict in settings.conflicts()]:
+    if faults := list(_refused(rest)):
         raise ConfigError("\n".join(faults))
-    taken = [argument for argument in rest if argument.partition("=")[0] in ("task", "strategy", "seed", "budget")]
-    if taken:
-        raise ConfigError(f"{', '.join(taken)}: expected tasks=, arms=, seeds= and budget.rank= or budget.params=")
-    budget = [argument for argument in rest if argument.startswith("budget.")]
+    budget = [argument for argument in rest if argument.lstrip("+").startswith("budget.")]
     from autolora.multitask.arms import Bench
     from autolora.multitask.study import print_study, study
 
     others = [argument for argument in rest if argument not in budget]
     bench = Bench(settings.tasks, others, budget, settings.orthogonality)
-    bench.config(settings.tasks[0], "strategy=uniform", *budget)  # all faults before anything heavy loads
-    bench.config("mixture", "strategy=uniform", *budget)
+    bench.check(settings.arms, settings.probe_steps, settings.probe_rank)
     summary = study(
         bench,
         settings.seeds,
@@ -97,6 +94,19 @@ def _study(arguments: Sequence[str]) -> None:
     )
     print_study(summary)
     print(f"written to {settings.out / 'multitask.json'}")
+
+
+def _refused(arguments: Sequence[str]) -> Iterator[str]:
+    """What a run may be told, and several tasks with one budget may not."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key.partition(".")[0] in ("task", "strategy", "seed") or key == "budget":
+            yield f"{argument}: expected tasks=, arms=, seeds= and budget.rank= or budget.params="
+        elif key.startswith("budget.") and key not in ("budget.rank", "budget.params"):
+            message = "the budget of many tasks is counted in parameters: expected budget.rank=R or budget.params=N"
+            yield f"{argument}: {message}"
+        elif key == "rank_multiple" and value != "1":
+            yield f"{argument}: plans of tasks are merged one component at a time, not in multiples: leave it out"
 
 
 if __name__ == "__main__":

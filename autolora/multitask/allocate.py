@@ -43,7 +43,7 @@ def merge(values: Values, sites: Mapping[str, Site], budget: int, initial: Mappi
         PlanError: if the budget does not pay for one component for each task, or a value is negative or not finite.
     """
     every, offered = _offered(values, sites)
-    _require_room(sites, budget, len(values))
+    require_room(sites, budget, len(values))
     start = RankPlan(every, {_key(t, m): min(r, offered[_key(t, m)]) for t, p in initial.items() for m, r in p.items()})
     ranked = _by_worth(values, every)
     ranks, left = dict(start), start.cost
@@ -112,6 +112,21 @@ def cheapest_left(plans: Mapping[str, RankPlan], values: Values) -> int | None:
     )
 
 
+def require_room(sites: Mapping[str, Site], budget: int, tasks: int) -> None:
+    """Refuse a budget that does not pay for one component for each of so many tasks.
+
+    Raises:
+        PlanError: with what that costs.
+    """
+    cheapest = min(site.step_price(0) for site in sites.values())
+    if budget < tasks * cheapest:
+        unit = next(iter(sites.values())).unit
+        raise PlanError(
+            f"the budget of {budget:,} {unit} does not pay for one component for each of {tasks} tasks, which costs at "
+            f"least {tasks * cheapest:,}: raise it, or leave tasks out"
+        )
+
+
 def _offered(values: Values, sites: Mapping[str, Site]) -> tuple[dict[str, Site], RankPlan]:
     """A site for every task and module, and what is on offer there."""
     wrong = [
@@ -140,16 +155,6 @@ def _by_worth(values: Values, every: Mapping[str, Site]) -> list[tuple[str, int]
         places.append((name, seen[name]))
         seen[name] += 1
     return places
-
-
-def _require_room(sites: Mapping[str, Site], budget: int, tasks: int) -> None:
-    cheapest = min(site.step_price(0) for site in sites.values())
-    if budget < tasks * cheapest:
-        unit = next(iter(sites.values())).unit
-        raise PlanError(
-            f"the budget of {budget:,} {unit} does not pay for one component for each of {tasks} tasks, which costs at "
-            f"least {tasks * cheapest:,}: raise it, or leave tasks out"
-        )
 
 
 def _by_task(plan: RankPlan, values: Values, sites: Mapping[str, Site]) -> Plans:

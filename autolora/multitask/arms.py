@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from autolora.compose import compose
+from autolora.compose import compose, in_quotes
 from autolora.config import RunConfig
 from autolora.files import write_json_atomic
 from autolora.multitask.probe import Probe, component_values
-from autolora.plan import Budget, RankPlan
+from autolora.plan import Budget, RankPlan, Site
 from autolora.results import RunDirectory, RunResult
 
 if TYPE_CHECKING:
     from autolora.training.problem import Problem
 
 Arm = Literal["separate", "isolated", "merged"]
+_UNWRITTEN = ("strategy.path=plan.json", "strategy.fingerprint=none yet")  # of a plan that is made later
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,73 @@ class Bench:
         """The configuration of a run on one task, or on ``mixture``; what an arm says goes before the overrides."""
         mixture = [f"task.tasks=[{','.join(self.tasks)}]"] if task == "mixture" else []
         said = {one.partition("=")[0] for one in more}
-        kept = [one for one in self.overrides if one.partition("=")[0] not in said]
+        kept = [one for one in self.overrides if one.lstrip("+").partition("=")[0] not in said]
         return compose([f"task={task}", *mixture, *kept, *more])
+
+    def check(self, arms: Sequence[Arm], probe_steps: int, probe_rank: int) -> None:
+        """Make a configuration of every kind that the arms will use, before anything heavy loads.
+
+        Raises:
+            ConfigError: with every fault of the first that has any.
+        """
+        task = self.tasks[0]
+        self._budgeted()
+        self._of_probe(task, probe_steps, probe_rank)
+        for arm in arms:
+            if arm == "separate":
+                self._of_separate(task, 0)
+            elif arm == "isolated":
+                self._of_isolated(task, *_UNWRITTEN, others=[])
+            else:
+                self._of_merged(*_UNWRITTEN)
+
+    def _budgeted(self) -> RunConfig:
+        """A run with the budget, which the arms share."""
+        return self.config(self.tasks[0], "strategy=uniform", *self.budget)
+
+    def _of_probe(self, task: str, steps: int, rank: int) -> RunConfig:
+        return self.config(
+            task, "strategy=uniform", "budget=none", f"max_rank={rank}", "trainer.max_epochs=-1",
+            f"trainer.max_steps={steps}",
+        )  # fmt: skip
+
+    def _of_separate(self, task: str, share: int) -> RunConfig:
+        return self.config(task, "strategy=uniform", f"budget.params={share}")
+
+    def _of_isolated(self, task: str, *plan: str, others: Sequence[Path]) -> RunConfig:
+        strategy = ["strategy=manual"]
+        if self.orthogonality:
+            named = ",".join(map(in_quotes, others))
+            strategy = ["strategy=o_lora", f"strategy.weight={self.orthogonality}", f"strategy.others=[{named}]"]
+        return self.config(task, *strategy, *plan, "budget=none")
+
+    def _of_merged(self, *plan: str) -> RunConfig:
+        return self.config("mixture", "strategy=manual", *plan, "budget=none")
+
+    def read_rows(self) -> None:
+        """Read the rows of all tasks, so that what is missing is found before the first training.
+
+        Raises:
+            DataError: if there are none of a task.
+            BackboneError: if the backbone is nowhere to be found.
+        """
+        from autolora.parts import make_problem
+
+        make_problem(self.config("mixture", "strategy=uniform"))
+
+    def sites(self) -> dict[str, Site]:
+        """The modules of the backbone that have adapters."""
+        from autolora.adapters import find_sites
+        from autolora.export import build_model
+        from autolora.parts import adapter_settings
+
+        cfg = self._budgeted()
+        return find_sites(build_model(cfg)[0], adapter_settings(cfg))
 
     def separate(self, budget: int) -> dict[str, Outcome]:
         """Every task by itself: an equal share of the budget, uniform ranks."""
         share = budget // len(self.tasks)
-        return {
-            task: _outcome(self.config(task, "strategy=uniform", f"budget.params={share}"), task) for task in self.tasks
-        }
+        return {task: _outcome(self._of_separate(task, share), task) for task in self.tasks}
 
     def isolated(self, plans: Mapping[str, RankPlan], folder: Path) -> dict[str, Outcome]:
         """Every task at its own plan, which is written to the folder."""
@@ -104,30 +163,22 @@ class Bench:
         for task in self.tasks:
             file = folder / f"{task}.json"
             write_json_atomic(file, dict(plans[task]))
-            strategy = ["strategy=manual"]
-            if self.orthogonality:
-                others = ",".join(str(found[other].adapter) for other in found)
-                strategy = ["strategy=o_lora", f"strategy.weight={self.orthogonality}", f"strategy.others=[{others}]"]
-            cfg = self.config(task, *strategy, f"strategy.path={file}", "budget=none")
-            found[task] = _outcome(cfg, task)
+            others = [outcome.adapter for outcome in found.values()]
+            found[task] = _outcome(self._of_isolated(task, f"strategy.path={in_quotes(file)}", others=others), task)
         return found
 
     def merged(self, plans: Mapping[str, RankPlan], folder: Path) -> dict[str, Outcome]:
         """One adapter with the components of all plans, trained on all tasks."""
         file = folder / "merged.json"
         write_json_atomic(file, dict(together(plans)))
-        cfg = self.config("mixture", "strategy=manual", f"strategy.path={file}", "budget=none")
-        first = _outcome(cfg, self.tasks[0])
+        first = _outcome(self._of_merged(f"strategy.path={in_quotes(file)}"), self.tasks[0])
         return {task: Outcome(first.run, first.result, task) for task in self.tasks}
 
     def probe(self, task: str, steps: int, rank: int) -> Probe:
         """Train for some steps at a rank everywhere, and value the components on the held-out rows."""
         from autolora.export import load
 
-        cfg = self.config(
-            task, "strategy=uniform", "budget=none", f"max_rank={rank}", "trainer.max_epochs=-1",
-            f"trainer.max_steps={steps}",
-        )  # fmt: skip
+        cfg = self._of_probe(task, steps, rank)
         outcome = _outcome(cfg, task)
         problem = rows_of(cfg)
         adapters, _ = load(cfg, "LORA", outcome.adapter)
@@ -136,9 +187,9 @@ class Bench:
         ordered = {name: sorted((own / scale).tolist(), reverse=True) for name, own in values.items()}
         return Probe(dict(adapters.sites), {name: tuple(own) for name, own in ordered.items()})
 
-    def total_budget(self, sites: Mapping[str, Any]) -> int:
+    def total_budget(self, sites: Mapping[str, Site]) -> int:
         """Parameters of all tasks: what ``budget.params`` says, or that of uniform ranks for each of them."""
-        cfg = self.config(self.tasks[0], "strategy=uniform", *self.budget)
+        cfg = self._budgeted()
         given = cfg.budget.given() or {"rank": 4.0}
         largest = RankPlan.uniform(sites, cfg.max_rank)
         resolved = Budget(**given).resolve(largest)  # type: ignore[arg-type]

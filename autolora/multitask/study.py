@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autolora.files import write_json_atomic, writing
-from autolora.multitask.allocate import cheapest_left, merge, optimum, total_cost, total_value
+from autolora.multitask.allocate import cheapest_left, merge, optimum, require_room, total_cost, total_value
 from autolora.multitask.arms import Arm, Bench, Outcome
 from autolora.multitask.interference import agreement, difference
 from autolora.multitask.probe import Probe, initial_plans
@@ -36,6 +36,9 @@ def study(
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    bench.read_rows()
+    sites = bench.sites()
+    require_room(sites, bench.total_budget(sites), len(bench.tasks))
     outcomes: Outcomes = {arm: {task: [] for task in bench.tasks} for arm in arms}
     records = []
     for seed in seeds:

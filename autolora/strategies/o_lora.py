@@ -98,7 +98,7 @@ class OLoRA(Planned[Options]):
     def progress(self) -> dict[str, float]:
         """The overlap."""
         overlap = self.overlap()
-        return {} if overlap is None else {"overlap": float(overlap)}
+        return {} if overlap is None else {"overlap": float(overlap.detach())}
 
 
 def subspaces(others: Sequence[Path], widths: dict[str, int]) -> dict[str, Tensor]:

@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from autolora.adapters.peft_format.load import read_factors
+from autolora.compose import compose
+from autolora.config import RunConfig
+from autolora.errors import ConfigError
 from autolora.multitask.__main__ import main
+from autolora.multitask.arms import Bench
 from autolora.results import read_result
 
 TASKS = ["rte", "stsb", "mnli"]  # two classes, a score, three classes
@@ -68,9 +72,10 @@ def test_the_arms_share_one_budget(command: Any, tmp_path: Path, capsys: pytest.
 def test_isolated_tasks_may_keep_out_of_each_others_subspaces(command: Any, tmp_path: Path) -> None:
     overlaps = []
     for weight in (0, 5):
-        main(command("arms=[isolated]", f"orthogonality={weight}", f"out={tmp_path / str(weight)}", "tasks=[rte,mnli]"))
-        arms = json.loads((tmp_path / str(weight) / "multitask.json").read_text())["arms"]["isolated"]
-        first, second = (read_factors(Path(arms[task]["runs"][0]) / "adapter") for task in ("rte", "mnli"))
+        out = tmp_path / f"it's {weight}, (a=1)"  # no name of a folder is too odd
+        main(command("arms=[isolated]", f"orthogonality={weight}", f"out={out}", "tasks=[rte,mnli]"))
+        isolated = json.loads((out / "multitask.json").read_text())["arms"]["isolated"]
+        first, second = (read_factors(Path(isolated[task]["runs"][0]) / "adapter") for task in ("rte", "mnli"))
         shares = []
         for name in first.keys() & second.keys():
             basis = torch.linalg.qr(first[name][0].T).Q
@@ -83,21 +88,83 @@ def test_isolated_tasks_may_keep_out_of_each_others_subspaces(command: Any, tmp_
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["tasks=[rte]"], 2, "tasks=[rte]: expected"),
+        (["tasks=[rte]"], 2, "tasks=[rte]: expected a list of at least 2 names among cola, "),
+        (["tasks=rte"], 2, "tasks=rte: expected a list of at least 2 names among cola, "),
         (["tasks=[rte,rte]"], 2, "tasks: expected each once, got rte, rte"),
-        (["tasks=[rte,nope]"], 2, "tasks=[rte,nope]: expected"),
+        (["tasks=[rte,rte,nope]"], 2, "rte, wnli, got 'nope'\nerror: tasks: expected each once, got rte, rte\n"),
+        (["tasks=[rte,nope,mnil]"], 2, "rte, wnli, got 'nope', 'mnil'; did you mean mnli?\n"),
+        (["seeds=[]"], 2, "seeds=[]: expected a list of one or more integers >= 0 and < 4294967296, got []"),
+        (["seeds=[0,4294967296]"], 2, "integers >= 0 and < 4294967296, got 4294967296\n"),
         (["strategy=autolora"], 2, "strategy=autolora: expected tasks=, arms=, seeds="),
+        (["task.name=mnli"], 2, "task.name=mnli: expected tasks=, arms=, seeds="),
+        (["budget.cost=latency"], 2, "budget.cost=latency: the budget of many tasks is counted in parameters"),
+        (["++budget.cost=flops"], 2, "budget.cost=flops: the budget of many tasks is counted in parameters"),
+        (["budget.fraction=0.1"], 2, "budget.fraction=0.1: the budget of many tasks is counted in parameters"),
+        (["budget.params=9"], 2, "budget.rank=2 and budget.params=9: expected at most one of"),
+        (["rank_multiple=8"], 2, "rank_multiple=8: plans of tasks are merged one component at a time"),
         (["arms=[joint]"], 2, "arms=[joint]: expected"),
         (["trainer.max_epoch=3"], 2, "unknown key trainer.max_epoch"),
         (["budget.rank=0.01"], 1, "does not pay for one component for each of 3 tasks"),
         (["data.source=local", "data.dir=/"], 1, "RTE"),
     ],
 )
-def test_bad_input(command: Any, capsys: pytest.CaptureFixture[str], more: list[str], code: int, message: str) -> None:
+def test_bad_input(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, message: str
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(command(*more))
     assert stop.value.code == code
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "probing" not in said.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_of_a_later_task_are_missed_before_anything_trains(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = "".join(f"{i}\tpremise {i}\thypothesis\t{'not_' * (i % 2)}entailment\n" for i in range(40))
+        (folder / f"{split}.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n{rows}")
+    with pytest.raises(SystemExit) as stop:
+        main(command("tasks=[rte,qnli]", "data.source=local", f"data.dir={folder.parent}"))
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "QNLI" in said.err
+    assert "RTE" in said.out
+    assert "probing" not in said.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arms", "of_arms"),
+    [
+        ("arms=[separate,isolated,merged]", [("rte", "uniform", 1), ("rte", "manual", 0), ("mixture", "manual", 0)]),
+        ("arms=[isolated] orthogonality=0.5", [("rte", "o_lora", 0)]),
+    ],
+)
+def test_the_first_check_makes_every_configuration_that_is_used(
+    command: Any, monkeypatch: pytest.MonkeyPatch, arms: str, of_arms: list[tuple[str, str, int]]
+) -> None:
+    """What is refused in one kind of configuration alone is refused before rows are read."""
+    made: list[RunConfig] = []
+
+    def remember(overrides: list[str]) -> RunConfig:
+        made.append(compose(overrides))
+        return made[-1]
+
+    def reached(bench: Bench) -> None:
+        raise ConfigError("rows are read")
+
+    monkeypatch.setattr("autolora.multitask.arms.compose", remember)
+    monkeypatch.setattr(Bench, "read_rows", reached)
+    with pytest.raises(SystemExit):
+        main(command(*arms.split()))
+    kinds = [(cfg.task.name, cfg.strategy.name, int(cfg.budget.enabled)) for cfg in made]
+    assert kinds == [("rte", "uniform", 1), ("rte", "uniform", 0), *of_arms]
+    assert [cfg.trainer.max_steps for cfg in made] == [-1, 12] + [-1] * len(of_arms)
 
 
 def test_help_needs_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def test_the_penalty_by_hand(tmp_path: Path) -> None:
     assert adapters.layers["V1"].lora_A.grad.abs().sum() > 0
     assert adapters.layers["V0"].lora_A.grad is None
     assert mine.progress() == {"overlap": pytest.approx(0.6)}
+
+
+def test_progress_warns_of_nothing(tmp_path: Path) -> None:
+    begun(mine := strategy([other(tmp_path / "one", 1)]), pair_of(), 10)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch says it once in a process otherwise
+    try:
+        with warnings.catch_warnings(action="error"):
+            mine.progress()
+    finally:
+        torch.set_warn_always(before)
 
 
 def test_training_drifts_into_the_others_subspaces_without_it_and_stays_out_with_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from test_resume import Stopper, directory_in, interrupted_run, outcome, stopper
 from torch.nn import functional as F
 
 from autolora.adapters.peft_format import load_peft
+from autolora.analyze import read_trained
 from autolora.backbones import load_backbone
 from autolora.compose import compose
 from autolora.config import RunConfig
+from autolora.errors import DataError
+from autolora.export import Settings as ExportSettings
+from autolora.export import export
 from autolora.parts import make_problem
+from autolora.predict import Settings as PredictSettings
+from autolora.predict import predict
 from autolora.run import run_one
 from autolora.tasks.glue import GLUE
 from autolora.training.mixture import Mixture
@@ -160,6 +167,14 @@ def test_a_run_leaves_an_adapter_for_each_task(configured: Any, tiny_bert_dir: P
         own = [row for row in rows if row["split"] == f"{name}/dev"]
         wanted = [[float(row[f"logit_{i}"]) for i in range(glue.num_labels)] for row in own]
         torch.testing.assert_close(outputs.logits, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+    what = "adapter/TASK has the adapter of one task (mnli, rte, stsb) in PEFT's format, to be copied as it is"
+    for purpose, command in (
+        ("exported as one model", lambda: export(ExportSettings(run=directory.path, out=directory.path / "out"))),
+        ("predicted with", lambda: predict(PredictSettings(run=directory.path, input=Path(__file__)))),
+        ("analysed", lambda: read_trained(directory.path, None)),
+    ):
+        with pytest.raises(DataError, match=rf"a run on several tasks cannot be {purpose}\. {re.escape(what)}"):
+            command()
 
 
 def test_an_interrupted_run_ends_as_an_unbroken_one(configured: Any, stopper: Stopper, tmp_path: Path) -> None:  # noqa: F811
