@@ -190,11 +190,11 @@ class Bench:
     def total_budget(self, sites: Mapping[str, Site]) -> int:
         """Parameters of all tasks: what ``budget.params`` says, or that of uniform ranks for each of them."""
         cfg = self._budgeted()
-        given = cfg.budget.given() or {"rank": 4.0}
-        largest = RankPlan.uniform(sites, cfg.max_rank)
-        resolved = Budget(**given).resolve(largest)  # type: ignore[arg-type]
-        assert resolved is not None
-        return resolved if "params" in given else resolved * len(self.tasks)
+        if cfg.budget.params is not None:
+            return int(cfg.budget.params)
+        each = Budget(rank=cfg.budget.rank or 4.0).resolve(RankPlan.uniform(sites, cfg.max_rank))
+        assert each is not None
+        return each * len(self.tasks)
 
 
 def together(plans: Mapping[str, RankPlan]) -> RankPlan:

@@ -17,6 +17,7 @@ from autolora.config import RunConfig
 from autolora.errors import ConfigError
 from autolora.multitask.__main__ import main
 from autolora.multitask.arms import Bench
+from autolora.plan import Site
 from autolora.results import read_result
 
 TASKS = ["rte", "stsb", "mnli"]  # two classes, a score, three classes
@@ -35,6 +36,14 @@ def command(tiny_bert_dir: Path, tmp_path: Path) -> Any:
         return list(given.values())
 
     return make
+
+
+def test_the_budget_is_of_all_tasks_together() -> None:
+    """Uniform rank 2 costs 32 on each of two modules, 64, and as much for every task; 10,000 are as given."""
+    sites = {"a": Site(8, 8), "b": Site(8, 8)}
+    assert Bench(TASKS, [], ["budget.rank=2"]).total_budget(sites) == 3 * 64
+    assert Bench(TASKS, [], ["budget.params=10000"]).total_budget(sites) == 10_000
+    assert Bench(TASKS, []).total_budget(sites) == 3 * 128
 
 
 def test_the_arms_share_one_budget(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
