@@ -348,7 +348,7 @@ def test_launchers_run_cells_in_processes_of_their_own(launcher: str, root: Path
     (report,) = root.glob("sweeps/*/report")
     assert len((report / "results.csv").read_text().splitlines()) == 1 + 1
     assert "1 run; 1 was not used" in (page := (report / "index.html").read_text())
-    assert re.search(r"optim\.adapter\.lr=1e\+?30.*: failed .*the training loss became nan", page)
+    assert re.search(r"optim\.adapter\.lr=1e\+?30.*: failed: .*the training loss became nan", page)
     processes = {Cell.model_validate_json(file.read_text()).process for file in root.glob("sweeps/*/cells/*")}
     assert process.pid not in {number for _, number in processes}
 

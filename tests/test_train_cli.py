@@ -78,7 +78,8 @@ def test_sweep_runs_every_combination(runs: Runs, tmp_path: Path) -> None:
     written = {str(file.relative_to(tmp_path)) for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     (sweep,) = (tmp_path / "runs/sweeps").iterdir()
     files = {str((sweep / "cells" / f"{number:05d}.json").relative_to(tmp_path)) for number in range(8)}
-    assert written == {"runs/multirun.yaml", *files}
+    own = {str((sweep / name).relative_to(tmp_path)) for name in (".lock", "sweep.json")}
+    assert written == {"runs/multirun.yaml", *own, *files}
 
 
 def test_sweep_file_runs_every_combination(runs: Runs) -> None:
