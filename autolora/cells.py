@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -87,17 +88,18 @@ def read_cell(sweep: Path, number: int) -> Cell | None:
 
 def read_cells(sweep: Path) -> list[Cell]:
     """The cells that have begun, now or when the command was given before."""
-    return [cell for _, cell in _begun(sweep) if cell is not None]
+    return [cell for number in _begun(sweep) if (cell := read_cell(sweep, number)) is not None]
 
 
-def damaged_cells(sweep: Path) -> list[Path]:
-    """Files that say nothing of the cells that they are of."""
-    return [file for file, cell in _begun(sweep) if cell is None]
+def damaged_cells(sweep: Path, known: Sequence[Cell]) -> list[Path]:
+    """Files that say nothing of the cells that they are of: those of no known cell."""
+    numbers = {cell.number for cell in known}
+    return [cell_file(sweep, number) for number in _begun(sweep) if number not in numbers]
 
 
-def _begun(sweep: Path) -> list[tuple[Path, Cell | None]]:
-    numbers = sorted(int(file.stem) for file in (sweep / FOLDER).glob("[0-9]*.json"))
-    return [(cell_file(sweep, number), read_cell(sweep, number)) for number in numbers]
+def _begun(sweep: Path) -> list[int]:
+    """Numbers of the cells that have a file."""
+    return sorted(int(file.stem) for file in (sweep / FOLDER).glob("[0-9]*.json"))
 
 
 def write_size(sweep: Path, cells: int | None) -> None:

@@ -130,7 +130,7 @@ def _missing(sweep: Path, cells: Sequence[Cell]) -> Iterator[tuple[Path | str, s
     for cell in cells:
         if cell.status != "complete":
             yield cell.name, ": ".join([cell.state, *cell.last_words[:1]])
-    for file in damaged_cells(sweep):
+    for file in damaged_cells(sweep, cells):
         yield file, "damaged: its run is not used until the command of the sweep is repeated"
     left, size = cells_not_begun(sweep)
     if left:

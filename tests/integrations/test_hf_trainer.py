@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.tiny_models import LLAMA
+from adapters.tiny_models import LLAMA, enlarged
 from peft import PeftModel
 from strategies.handloop import fit
 from torch import Tensor, nn
@@ -57,13 +57,9 @@ def test_what_the_trainer_needs_is_named() -> None:
 
 def llama() -> nn.Module:
     """The same at every call, with weights so large that adapters have something to work with."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = LlamaForCausalLM(CONFIG)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.3 / parameter.std())
-    return model
+        return enlarged(LlamaForCausalLM(CONFIG))
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -25,11 +25,7 @@ def make(labels: int = 2, family: str = "bert") -> nn.Module:
             model: nn.Module = BertForSequenceClassification(BertConfig(**BASE | {"num_labels": labels})).eval()
     else:
         model = tiny_models.make(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.3 / parameter.std())
-    return model
+    return tiny_models.enlarged(model)
 
 
 def ranks(model: nn.Module, settings: AdapterSettings, shift: int) -> RankPlan:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from adapters.tiny_models import WHISPER
+from adapters.tiny_models import WHISPER, enlarged
 from peft import PeftModel
 
 from autolora.backbones import load_classifier
@@ -71,10 +71,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     whisper = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER | {"max_source_positions": 50}))
-    with torch.no_grad():
-        for parameter in whisper.parameters():  # so large that its mean over time still hears a difference
-            if parameter.dim() > 1:
-                parameter.mul_(0.3 / parameter.std())
+    enlarged(whisper)  # so that its mean over time still hears a difference
     whisper.save_pretrained(root / "whisper")
     hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(root / "whisper")
     hf.Wav2Vec2Model(hf.Wav2Vec2Config(**WAV2VEC2)).save_pretrained(root / "wav2vec2")
